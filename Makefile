@@ -1,0 +1,59 @@
+# Every task by one name. Each sets up .venv by itself, once: the stamp follows settings.ini.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SHELL  := /bin/bash
+ARGS   ?=
+
+.PHONY: run test lab export readme bench clean lint
+.DELETE_ON_ERROR:
+
+$(VENV)/stamp-run: settings.ini setup.py pyproject.toml
+	@echo "== setting up $(VENV): the package and what it needs (once; torch takes a minute or two)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lesson11 needs Python >= 3.10; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/stamp-dev: $(VENV)/stamp-run
+	@echo "== adding the notebook and test tools to $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[nb,dev]'
+	@touch $@
+
+$(VENV)/stamp-bench: $(VENV)/stamp-dev
+	@echo "== adding the peers to $(VENV) (once; one that does not install is skipped by name)"
+	@for p in $$($(BIN)/python -c "import configparser as c; i=c.ConfigParser(); i.read('settings.ini'); print(i['DEFAULT']['bench_requirements'])"); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$p" || echo "   skipped: $$p"; done
+	@touch $@
+
+run: $(VENV)/stamp-run       ## train on Imagenette (the sample where there is no network), print the table
+	@$(BIN)/exp-train $(ARGS)
+
+test: $(VENV)/stamp-dev      ## every test, every notebook among them
+	@echo "== tests (notebooks included)"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lab: $(VENV)/stamp-dev       ## open the course in JupyterLab
+	@echo "== JupyterLab on nbs/"
+	@$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+
+export: $(VENV)/stamp-dev    ## nbs/ -> exp/, and README.md from nbs/index.ipynb
+	@echo "== exporting nbs/ to exp/"
+	@$(BIN)/exp-export $(ARGS)
+	@$(MAKE) --no-print-directory readme
+
+readme: $(VENV)/stamp-dev
+	@echo "== README.md from nbs/index.ipynb"
+	@$(BIN)/python -m exp.export --readme
+
+lint: $(VENV)/stamp-dev
+	@$(BIN)/ruff check .
+
+bench: $(VENV)/stamp-bench   ## ours beside the peers, one table of medians and ratios
+	@echo "== benchmarks"
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:                       ## remove what the other tasks made, .venv included; data under ~/.fastai stays
+	@echo "== removing $(VENV), build products and caches"
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .out
+	@find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

@@ -1,0 +1,39 @@
+"""What the tests share: the project's root, a home of their own, and an environment that chooses small data."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '._')
+
+
+def small_env(home):
+    "Environment of a subprocess that must see the drawn data only, and a data folder of its own."
+    env = {k: v for k, v in os.environ.items() if k not in ('EXP_MIRROR', 'EXP_DATA')}
+    return {**env, 'FASTAI_HOME': str(home), 'EXP_DATA': 'sample', 'EXP_NO_BAR': '1', 'PYTHONWARNINGS': 'ignore',
+            'MPLBACKEND': env.get('MPLBACKEND', 'agg')}
+
+
+@pytest.fixture(scope='session')
+def data_home(tmp_path_factory):
+    "One data folder for the session, with the drawn sample in it."
+    home = tmp_path_factory.mktemp('fastai')
+    from exp.datasets import URLs, untar_data
+    untar_data(URLs.SAMPLE, base=home/'data')
+    return home
+
+
+@pytest.fixture(autouse=True)
+def no_real_home(data_home, monkeypatch):
+    "No test reads or writes the reader's own ~/.fastai, nor goes to a mirror it did not make."
+    monkeypatch.setenv('FASTAI_HOME', str(data_home))
+    monkeypatch.delenv('EXP_MIRROR', raising=False)
+    monkeypatch.delenv('EXP_DATA', raising=False)
+
+
+def python(*args, env=None, **kw):
+    "Run this Python on `args`, in the project's root, and return the finished process."
+    import subprocess
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kw)

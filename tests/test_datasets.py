@@ -1,0 +1,230 @@
+"""Downloads from a real local server that misbehaves, archives that bite, disks that fill; and the drawn sample."""
+import hashlib
+import http.server
+import io
+import multiprocessing
+import os
+import struct
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from exp import datasets as D
+
+BLOB = bytes(np.random.default_rng(0).integers(0, 256, 50_000, dtype=np.uint8))
+
+
+def tgz(members, links=()):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode='w:gz') as t:
+        for name, data in members.items():
+            i = tarfile.TarInfo(name); i.size = len(data); t.addfile(i, io.BytesIO(data))
+        for name, kind, target in links:
+            i = tarfile.TarInfo(name); i.type, i.linkname = kind, target; t.addfile(i)
+    return out.getvalue()
+
+
+GOOD = tgz({'imagenette2-160/train/a/1.JPEG': b'1', 'imagenette2-160/val/a/2.JPEG': b'2'})
+
+
+@pytest.fixture
+def server():
+    "A server whose `files` are served with ranges; `cut` bytes are sent before it hangs up, for the first `cuts` requests."
+    class H(http.server.BaseHTTPRequestHandler):
+        files, asked, cut, cuts, ranges, status = {}, [], None, 0, True, None
+        def do_GET(self):
+            name, rng = self.path.lstrip('/'), self.headers.get('Range')
+            H.asked.append(rng)
+            if H.status or name not in H.files: return self.send_error(H.status or 404)
+            data, start = H.files[name], int(rng[6:-1]) if rng and H.ranges else 0
+            if start >= len(data): return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header('Content-Length', str(len(data) - start)); self.end_headers()
+            end = start + H.cut if H.cut and len(H.asked) <= H.cuts else None
+            self.wfile.write(data[start:end])
+        def log_message(self, *a): pass
+    H.files, H.asked = {}, []
+    s = http.server.ThreadingHTTPServer(('127.0.0.1', 0), H)
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    H.url = f'http://127.0.0.1:{s.server_port}'
+    yield H
+    s.shutdown(); s.server_close()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch): monkeypatch.setattr(D.time, 'sleep', lambda s: None)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    "No official address answers."
+    def no(url, *a, **k): raise D.DataError(f'{url}: no route to host')
+    real = D.download
+    monkeypatch.setattr(D, 'download', lambda url, *a, **k: real(url, *a, **k) if '127.0.0.1' in url else no(url))
+
+
+def leftovers(folder): return [p.name for p in Path(folder).rglob('*') if not p.name.endswith('.lock') and p.name not in ('archive', 'data')]
+
+
+def test_cut_in_the_middle_and_resumed(server, tmp_path):
+    server.files, server.cut, server.cuts = {'b': BLOB}, 20_000, 2
+    f = D.download(f'{server.url}/b', tmp_path/'b', ('sha256', hashlib.sha256(BLOB).hexdigest()))
+    assert f.read_bytes() == BLOB and server.asked == [None, 'bytes=20000-', 'bytes=40000-']
+
+
+def test_a_broken_off_download_goes_on_in_the_next_call(server, tmp_path):
+    server.files, server.cut, server.cuts = {'b': BLOB}, 20_000, 1
+    with pytest.raises(D.DataError, match='kept'): D.download(f'{server.url}/b', tmp_path/'b', tries=1)
+    assert not (tmp_path/'b').exists() and (tmp_path/'b.part').stat().st_size == 20_000
+    assert D.download(f'{server.url}/b', tmp_path/'b').read_bytes() == BLOB and server.asked[-1] == 'bytes=20000-'
+
+
+def test_a_server_that_knows_no_ranges_starts_anew(server, tmp_path):
+    server.files, server.cut, server.cuts, server.ranges = {'b': BLOB}, 20_000, 1, False
+    assert D.download(f'{server.url}/b', tmp_path/'b').read_bytes() == BLOB
+
+
+def test_a_wrong_digest_throws_the_file_away(server, tmp_path):
+    server.files = {'b': BLOB}
+    with pytest.raises(D.DataError, match='wrong md5 digest'): D.download(f'{server.url}/b', tmp_path/'b', ('md5', '0'*32))
+    assert leftovers(tmp_path) == []
+
+
+def test_404_is_final_and_500_is_tried_again(server, tmp_path):
+    with pytest.raises(D.DataError, match='404'): D.download(f'{server.url}/none', tmp_path/'b')
+    assert len(server.asked) == 1
+    server.status = 503
+    with pytest.raises(D.DataError, match='503.*tried 4 times'): D.download(f'{server.url}/none', tmp_path/'b')
+    assert len(server.asked) == 5
+
+
+def test_too_little_space_is_seen_before_the_download(server, tmp_path, monkeypatch):
+    server.files = {'b': BLOB}
+    monkeypatch.setattr(D.shutil, 'disk_usage', lambda p: os.statvfs_result and type('U', (), dict(free=60_000))())
+    with pytest.raises(D.DataError, match='free'): D.download(f'{server.url}/b', tmp_path/'b')
+    assert leftovers(tmp_path) == []
+
+
+def test_a_full_disk_is_one_sentence(server, tmp_path, monkeypatch):
+    server.files = {'b': BLOB}
+    real = open
+
+    class Full(io.FileIO):
+        def write(self, b): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('builtins.open', lambda f, mode='r', *a, **k: Full(f, 'w') if str(f).endswith('.part') and mode != 'rb' else real(f, mode, *a, **k))
+    with pytest.raises(D.DataError, match='full'): D.download(f'{server.url}/b', tmp_path/'b')
+    assert not (tmp_path/'b').exists()
+
+
+EVIL_TARS = {
+    'dotdot': tgz({'a/1': b'x', '../evil': b'x'}), 'deep dotdot': tgz({'a/../../evil': b'x'}), 'absolute': tgz({'/tmp/evil_l11': b'x'}),
+    'symlink out': tgz({}, [('a', tarfile.SYMTYPE, '/etc')]), 'hard link': tgz({}, [('a', tarfile.LNKTYPE, '/etc/passwd')]),
+    'device': tgz({}, [('null', tarfile.CHRTYPE, '')]), 'fifo': tgz({}, [('pipe', tarfile.FIFOTYPE, '')]), 'drive': tgz({'C:/evil': b'x'}),
+    'backslash': tgz({'..\\evil': b'x'})}
+
+
+def zip_of(name, mode=0o100644):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, 'w') as z:
+        z.writestr('a/1', b'x')
+        i = zipfile.ZipInfo(name); i.external_attr = mode << 16; z.writestr(i, b'/etc')
+    return out.getvalue()
+
+
+EVIL_ZIPS = {'zip dotdot': zip_of('../evil'), 'zip absolute': zip_of('/tmp/evil_l11'), 'zip symlink': zip_of('a/link', 0o120777),
+             'zip device': zip_of('a/null', 0o020666)}
+
+
+@pytest.mark.parametrize('data', [*EVIL_TARS.values(), *EVIL_ZIPS.values()], ids=[*EVIL_TARS, *EVIL_ZIPS])
+def test_evil_archives_are_refused_whole(tmp_path, data):
+    (tmp_path/'in').mkdir()
+    (tmp_path/'in/evil.tgz').write_bytes(data)
+    with pytest.raises(D.DataError, match='refused'): D.unpack(tmp_path/'in/evil.tgz', tmp_path/'in/out/data')
+    assert {p.name for p in tmp_path.rglob('*')} == {'in', 'evil.tgz', 'out'} and not Path('/tmp/evil_l11').exists()
+
+
+@pytest.mark.parametrize('data', [GOOD[:len(GOOD)//2], b'', b'no archive', b'\x1f\x8b' + b'0'*50])
+def test_a_broken_archive_leaves_nothing(tmp_path, data):
+    (tmp_path/'b.tgz').write_bytes(data)
+    with pytest.raises(D.DataError): D.unpack(tmp_path/'b.tgz', tmp_path/'out')
+    assert leftovers(tmp_path) == ['b.tgz']
+
+
+def test_a_good_zip(tmp_path):
+    (tmp_path/'g.zip').write_bytes(zip_of('a/2'))
+    assert sorted(p.name for p in D.unpack(tmp_path/'g.zip', tmp_path/'out').iterdir()) == ['1', '2']
+
+
+def make_mirror(folder, data=GOOD, digest=None):
+    folder.mkdir(exist_ok=True)
+    (folder/'imagenette2-160.tgz').write_bytes(data)
+    (folder/'SHA256SUMS').write_text(f'{digest or hashlib.sha256(data).hexdigest()}  imagenette2-160.tgz\n')
+    return folder
+
+
+def test_mirror_as_a_folder(tmp_path, monkeypatch, offline):
+    monkeypatch.setenv('EXP_MIRROR', str(make_mirror(tmp_path/'mirror')))
+    path = D.untar_data(D.URLs.IMAGENETTE_160, base=tmp_path/'home/data')
+    assert (path/'train/a/1.JPEG').read_bytes() == b'1' and path.name == 'imagenette2-160'
+    assert D.unzip_data is D.untar_data
+
+
+def test_mirror_as_an_address(tmp_path, monkeypatch, server, offline):
+    m = make_mirror(tmp_path/'mirror')
+    server.files = {p.name: p.read_bytes() for p in m.iterdir()}
+    monkeypatch.setenv('EXP_MIRROR', server.url)
+    assert (D.untar_data(D.URLs.IMAGENETTE_160, base=tmp_path/'home/data')/'val/a/2.JPEG').exists()
+
+
+@pytest.mark.parametrize('fault', ['digest', 'unlisted', 'no sums', 'no folder', 'cut'])
+def test_a_mirror_at_fault_names_all_three_ways_out(tmp_path, monkeypatch, offline, fault):
+    m = make_mirror(tmp_path/'mirror', GOOD[:80] if fault == 'cut' else GOOD, '0'*64 if fault == 'digest' else None)
+    if fault == 'unlisted': (m/'SHA256SUMS').write_text('')
+    if fault == 'no sums': (m/'SHA256SUMS').unlink()
+    monkeypatch.setenv('EXP_MIRROR', str(m if fault != 'no folder' else tmp_path/'none'))
+    with pytest.raises(D.DataError) as e: D.untar_data(D.URLs.IMAGENETTE_160, base=tmp_path/'home/data')
+    if fault != 'cut':
+        for way in ('put the unpacked folder at', 'set EXP_MIRROR', 'go online'): assert way in str(e.value)
+    assert not (tmp_path/'home/data/imagenette2-160').exists() and not leftovers(tmp_path/'home/data')
+
+
+def _get(base, n, q):
+    q.put(str(D.untar_data(D.URLs.SAMPLE if n else D.URLs.IMAGENETTE_160, base=base)))
+
+
+def test_two_processes_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv('EXP_MIRROR', str(make_mirror(tmp_path/'mirror')))
+    ctx = multiprocessing.get_context('spawn')
+    q = ctx.Queue()
+    ps = [ctx.Process(target=_get, args=(tmp_path/'home/data', 0, q)) for _ in range(2)]
+    for p in ps: p.start()
+    for p in ps: p.join(60); assert p.exitcode == 0
+    assert q.get() == q.get() and sorted(leftovers(tmp_path/'home/data/imagenette2-160')) == sorted(
+        ['.origin.json', '1.JPEG', '2.JPEG', 'a', 'a', 'train', 'val'])
+
+
+def test_mnist_reads_idx(tmp_path, monkeypatch):
+    import gzip
+    d = tmp_path/'mnist_idx'; d.mkdir()
+    x, y = np.arange(3*784).reshape(3, 28, 28).astype(np.uint8), np.array([3, 1, 4], np.uint8)
+    for s in ('train', 't10k'):
+        (d/f'{s}-images-idx3-ubyte.gz').write_bytes(gzip.compress(struct.pack('>4B3I', 0, 0, 8, 3, 3, 28, 28) + x.tobytes()))
+        (d/f'{s}-labels-idx1-ubyte.gz').write_bytes(gzip.compress(struct.pack('>4BI', 0, 0, 8, 1, 3) + y.tobytes()))
+    a, b, _, _ = D.mnist(base=tmp_path)
+    assert a.shape == (3, 784) and np.allclose(a.numpy(), x.reshape(3, -1)/255) and b.tolist() == [3, 1, 4]
+    (d/'t10k-labels-idx1-ubyte.gz').write_bytes(b'junk')
+    with pytest.raises(D.DataError, match='t10k-labels'): D.mnist(base=tmp_path)
+
+
+def test_sample_is_the_same_everywhere_and_in_imagenettes_layout(tmp_path, data_home):
+    def tree(d): return {p.relative_to(d).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(d.rglob('*.JPEG'))}
+    one = tree(data_home/'data'/D.data_name(D.URLs.SAMPLE))
+    assert one == tree(D.make_sample(tmp_path/'again'))
+    assert len(one) == 1100 and {k.split('/')[1] for k in one} == set(D.SAMPLE_CLASSES)
+    sizes = [Image.open(data_home/'data'/D.data_name(D.URLs.SAMPLE)/k) for k in one]
+    assert {min(i.size) for i in sizes} == {160} and len({i.size for i in sizes}) > 20 and any(i.mode == 'L' for i in sizes)

@@ -1,0 +1,79 @@
+"""The project's own promises: one version, an importable package, what a distribution holds."""
+import configparser
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+from conftest import ROOT, python
+
+try: import tomllib
+except ImportError: import tomli as tomllib
+
+ini = configparser.ConfigParser()
+ini.read(ROOT/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+MODULES = sorted(p.stem for p in (ROOT/'exp').glob('*.py') if p.stem[0] != '_')
+
+
+def test_pyproject_agrees_with_settings():
+    nbdev = tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['nbdev']
+    assert nbdev['lib_path'] == cfg['lib_path'] and nbdev['nbs_path'] == cfg['nbs_path']
+    assert cfg['version'] not in (ROOT/'pyproject.toml').read_text()
+
+
+def test_version_is_that_of_settings():
+    import exp
+    assert exp.__version__ == cfg['version']
+    assert f"## {cfg['version']}" in (ROOT/'CHANGELOG.md').read_text()
+
+
+def test_importing_needs_no_ipython_no_network_and_no_cuda():
+    code = ("import sys, socket, importlib\n"
+            "class No:\n    def find_spec(self, name, *a):\n        if name.split('.')[0] in ('IPython', 'nbdev', 'jupyter_client', 'torchvision'): raise ImportError(name)\n"
+            "sys.meta_path.insert(0, No())\n"
+            "def nope(*a, **k): raise RuntimeError('a connection was opened')\n"
+            "socket.socket.connect = nope\n"
+            f"for m in {MODULES!r}: importlib.import_module('exp.' + m)\n"
+            "import torch\nassert not torch.cuda.is_initialized()\nprint('ok')")
+    r = python('-c', code)
+    assert r.stdout.strip() == 'ok', r.stderr
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_public_names_have_docstrings(name):
+    import importlib
+    m = importlib.import_module(f'exp.{name}')
+    assert m.__doc__
+    for n in m.__all__:
+        o = getattr(m, n)
+        if callable(o) and getattr(o, '__module__', '') == m.__name__: assert o.__doc__, f'exp.{name}.{n} has no docstring'
+
+
+def test_distributions_hold_what_they_should(tmp_path):
+    r = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(tmp_path), str(ROOT)], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-2000:]
+    wheel, sdist = next(tmp_path.glob('*.whl')), next(tmp_path.glob('*.tar.gz'))
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n for n in names if n.startswith('exp/')} == {f'exp/{p.name}' for p in (ROOT/'exp').glob('*.py')}
+    assert not [n for n in names if n.split('/')[0] not in ('exp',) and '.dist-info/' not in n]
+    meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('METADATA'))).decode()
+    assert f"Version: {cfg['version']}" in meta
+    assert {re.match(r'[\w-]+', r)[0].lower() for r in re.findall(r'^Requires-Dist: ([^;\n]+)$', meta, re.M)} == \
+        {re.match(r'[\w-]+', r)[0].lower() for r in cfg['requirements'].split()}
+    inside = {n.split('/', 1)[1] for n in tarfile.open(sdist).getnames() if '/' in n}
+    for want in ('settings.ini', 'setup.py', 'pyproject.toml', 'LICENSE', 'README.md', 'CHANGELOG.md', 'Makefile',
+                 'nbs/00_export.ipynb', 'exp/export.py', 'tests/test_project.py', 'benchmarks/__main__.py'):
+        assert want in inside, want
+
+
+def test_make_help_lists_every_task():
+    text = (ROOT/'Makefile').read_text()
+    for task in ('run', 'test', 'lab', 'export', 'bench', 'clean'): assert re.search(rf'^{task}:', text, re.M)
+
+
+def test_lint():
+    r = python('-m', 'ruff', 'check', '.')
+    assert r.returncode == 0, r.stdout
