@@ -9,14 +9,15 @@ __all__ = ['annealer', 'sched_lin', 'sched_cos', 'sched_no', 'sched_exp', 'combi
 import bisect, math
 from functools import partial, wraps
 
-from .callbacks import Callback
+from .callbacks import Callback, get_hypers
 
 # %% ../nbs/05_annealing.ipynb #c287f48c
 def annealer(f):
     "Turns `f(start, end, pos)` into `f(start, end)`, which gives a function of `pos` in 0–1. It pickles."
     @wraps(f)
-    def _inner(start, end): return _Sched(f.__name__, start, end)
-    _SHAPES[f.__name__] = f
+    def _inner(start, end): return _Sched(name, start, end)
+    name = f'{f.__module__}.{f.__qualname__}'
+    _SHAPES[name] = f
     return _inner
 
 _SHAPES = {}
@@ -25,7 +26,7 @@ class _Sched:
     "A schedule with its ends fixed; kept by name, so that a checkpoint or a worker can hold it."
     def __init__(self, name, start, end): self.name, self.start, self.end = name, start, end
     def __call__(self, pos): return _SHAPES[self.name](self.start, self.end, pos)
-    def __repr__(self): return f'{self.name}({self.start}, {self.end})'
+    def __repr__(self): return f'{self.name.rpartition(".")[2]}({self.start}, {self.end})'
 
 # %% ../nbs/05_annealing.ipynb #bcfd68f5
 @annealer
@@ -74,7 +75,7 @@ class ParamScheduler(Callback):
     def __init__(self, pname, sched): self.pname, self.sched = pname, sched
 
     def begin_fit(self, run):
-        groups = run.opt.param_groups
+        groups = get_hypers(run.opt)
         if self.pname not in groups[0]:
             raise ValueError(f'the optimizer has no {self.pname!r} to schedule; there is {", ".join(k for k in groups[0] if k != "params")}')
         self.scheds = list(self.sched) if isinstance(self.sched, (list, tuple)) else [self.sched]*len(groups)
@@ -83,4 +84,4 @@ class ParamScheduler(Callback):
     def begin_batch(self, run):
         if not run.in_train: return
         pos = (run.epoch + run.iter/run.iters)/run.n_epochs
-        for g, s in zip(run.opt.param_groups, self.scheds): g[self.pname] = s(pos)
+        for g, s in zip(get_hypers(run.opt), self.scheds): g[self.pname] = s(pos)

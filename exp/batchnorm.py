@@ -38,8 +38,8 @@ class BatchNorm(nn.Module):
 def conv_layer(ni, nf, ks=3, stride=2, norm=nn.BatchNorm2d, norm_first=False, **kwargs):
     "Convolution without bias, `GeneralRelu(**kwargs)`, `norm(nf)`; with `norm_first` the norm comes before the ReLU. `norm=None`: none."
     conv = nn.Conv2d(ni, nf, ks, stride=stride, padding=ks//2, bias=norm is None)
-    after = [GeneralRelu(**kwargs)] if norm is None else [norm(nf), GeneralRelu(**kwargs)] if norm_first else [GeneralRelu(**kwargs), norm(nf)]
-    return nn.Sequential(conv, *after)
+    relu = GeneralRelu(**{'inplace': True, **kwargs})
+    return nn.Sequential(conv, *([relu] if norm is None else [norm(nf), relu] if norm_first else [relu, norm(nf)]))
 
 # %% ../nbs/07_batchnorm.ipynb #81250232
 class RunningBatchNorm(nn.Module):
@@ -53,7 +53,7 @@ class RunningBatchNorm(nn.Module):
         self.register_buffer('sums', torch.zeros(nf))
         self.register_buffer('sqrs', torch.zeros(nf))
         self.register_buffer('count', torch.zeros(()))
-        self.register_buffer('seen', torch.zeros(()))            # the debiasing factor times its pictures
+        self.register_buffer('seen', torch.zeros(()))            # pictures so far
 
     def update(self, x):
         n, bs = x.numel()/x.shape[1], x.shape[0]
@@ -67,9 +67,9 @@ class RunningBatchNorm(nn.Module):
 
     def forward(self, x):
         sums, sqrs = self.update(x) if self.training else (self.sums, self.sqrs)
-        if not self.count: return x*self.weight[:, None, None] + self.bias[:, None, None]     # never trained: nothing known yet
+        if not self.training and not self.count: return x*self.weight[:, None, None] + self.bias[:, None, None]     # never trained: nothing known yet
         mean = sums/self.count
         var = sqrs/self.count - mean*mean
-        var = var.clamp_min(0.01) if self.seen < 20 else var.clamp_min(0)
+        var = var.clamp_min(torch.where(self.seen < 20, .01, 0.).to(var.dtype))      # a tensor: the GPU need not wait for an `if`
         k = self.weight/(var + self.eps).sqrt()
         return x*k[:, None, None] + (self.bias - mean*k)[:, None, None]

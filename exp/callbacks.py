@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['EVENTS', 'accuracy', 'Dataset', 'get_dls', 'DataBunch', 'CancelBatchException', 'CancelEpochException',
            'CancelFitException', 'Callback', 'check_events', 'Runner', 'AvgStats', 'metric_name', 'AvgStatsCallback',
-           'default_device', 'CudaCallback', 'BatchTransformXCallback', 'Recorder']
+           'default_device', 'CudaCallback', 'BatchTransformXCallback', 'get_hypers', 'Recorder']
 
 # %% ../nbs/04_callbacks.ipynb #434b329e
 import difflib, re
 from functools import partial
 
-import matplotlib.pyplot as plt
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -198,7 +197,15 @@ class BatchTransformXCallback(Callback):
     def __init__(self, tfm): self.tfm = tfm
     def begin_batch(self, run): run.xb = self.tfm(run.xb)
 
-# %% ../nbs/04_callbacks.ipynb #2aff55cc
+# %% ../nbs/04_callbacks.ipynb #f90d253f
+def get_hypers(opt):
+    "One dictionary of hyper-parameters a parameter group: `opt.hypers` where the optimizer has them (notebook 09), else torch's `opt.param_groups`."
+    return getattr(opt, 'hypers', None) or opt.param_groups
+
+def _new_axes():
+    import matplotlib.pyplot as plt                             # here, so that importing exp does not wait for it
+    return plt.subplots(figsize=(5, 2.6), dpi=70)[1]
+
 class Recorder(Callback):
     "Keeps the training loss and the hyper-parameters of `opt`'s last group after every batch; `plot_loss()`, `plot('lr')`."
     _order = 20
@@ -207,7 +214,7 @@ class Recorder(Callback):
     def after_batch(self, run):
         if not run.in_train: return
         self.raw.append(run.loss.detach())
-        for k, v in run.opt.param_groups[-1].items():
+        for k, v in get_hypers(run.opt)[-1].items():
             if isinstance(v, (int, float)) and not isinstance(v, bool): self.hypers.setdefault(k, []).append(v)
 
     @property
@@ -217,13 +224,13 @@ class Recorder(Callback):
         "Loss against batch, with its debiased moving average."
         avg, ys = 0., []
         for i, l in enumerate(self.losses, 1): avg = smooth*avg + (1-smooth)*l; ys.append(avg/(1-smooth**i))
-        ax = ax or plt.subplots(figsize=(5, 2.6), dpi=70)[1]
+        ax = ax or _new_axes()
         ax.plot(self.losses, alpha=.25); ax.plot(ys); ax.set(xlabel='batch', ylabel='training loss', title='loss per batch, and its moving average')
         return ax
 
     def plot(self, name, ax=None):
         "The hyper-parameter `name` against batch."
         if name not in self.hypers: raise ValueError(f'nothing recorded under {name!r}; there is {", ".join(self.hypers) or "nothing yet"}')
-        ax = ax or plt.subplots(figsize=(5, 2.6), dpi=70)[1]
+        ax = ax or _new_axes()
         ax.plot(self.hypers[name]); ax.set(xlabel='batch', ylabel=name, title=f'{name} per batch')
         return ax

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['Lambda', 'flatten', 'Hook', 'Hooks', 'append_stats', 'plot_stats', 'plot_hists', 'init_cnn', 'GeneralRelu',
-           'conv_relu', 'prev_pow_2', 'get_cnn_layers', 'get_cnn_model', 'get_runner']
+           'conv_relu', 'prev_pow_2', 'get_cnn_layers', 'get_cnn_model', 'get_runner', 'keep_freed_memory']
 
 # %% ../nbs/06_convnets.ipynb #31fe6c5b
 from functools import partial
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,6 +52,7 @@ def append_stats(hook, mod, inp, out, lo=-2., hi=8., bins=40):
 
 def plot_stats(hooks, title=''):
     "Means, standard deviations and the share of near-zero outputs, a line per layer."
+    import matplotlib.pyplot as plt                             # here, so that importing exp does not wait for it
     fig, axs = plt.subplots(1, 3, figsize=(10, 2.5), dpi=60)
     for i, h in enumerate(hooks):
         ms, ss, hs = h.stats
@@ -64,6 +64,7 @@ def plot_stats(hooks, title=''):
 
 def plot_hists(hooks, title=''):
     "Histogram of each layer's outputs against batch: bright is many (log scale)."
+    import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, len(hooks), figsize=(2.4*len(hooks), 2), dpi=60, squeeze=False)
     for i, (ax, h) in enumerate(zip(axs[0], hooks)):
         ax.imshow(torch.stack(h.stats[2]).T.log1p(), origin='lower', aspect='auto', extent=(0, len(h.stats[2]), -2, 8))
@@ -84,19 +85,19 @@ def init_cnn(model, leak=0., uniform=False):
 
 # %% ../nbs/06_convnets.ipynb #cf8e5195
 class GeneralRelu(nn.Module):
-    "`clip(leaky_relu(x, leak) − sub, max=maxv)`, each part only where it is given."
-    def __init__(self, leak=None, sub=None, maxv=None):
+    "`clip(leaky_relu(x, leak) − sub, max=maxv)`, each part only where it is given. `inplace` writes the ReLU over its input."
+    def __init__(self, leak=None, sub=None, maxv=None, inplace=False):
         super().__init__()
-        self.leak, self.sub, self.maxv = leak, sub, maxv
+        self.leak, self.sub, self.maxv, self.inplace = leak, sub, maxv, inplace
     def forward(self, x):
-        x = F.leaky_relu(x, self.leak) if self.leak is not None else F.relu(x)
+        x = F.leaky_relu(x, self.leak, self.inplace) if self.leak is not None else F.relu(x, self.inplace)
         if self.sub is not None: x = x - self.sub
         return x if self.maxv is None else x.clamp_max(self.maxv)
     def extra_repr(self): return f'leak={self.leak}, sub={self.sub}, maxv={self.maxv}'
 
 def conv_relu(ni, nf, ks=3, stride=2, **kwargs):
     "Convolution (padding keeps the size at stride 1) and `GeneralRelu(**kwargs)`."
-    return nn.Sequential(nn.Conv2d(ni, nf, ks, stride=stride, padding=ks//2), GeneralRelu(**kwargs))
+    return nn.Sequential(nn.Conv2d(ni, nf, ks, stride=stride, padding=ks//2), GeneralRelu(**{'inplace': True, **kwargs}))
 
 # %% ../nbs/06_convnets.ipynb #f6586f7a
 def prev_pow_2(n):
@@ -119,3 +120,15 @@ def get_cnn_model(data, nfs, layer=conv_relu, **kwargs):
 def get_runner(model, data, lr, cbs=(), opt_func=torch.optim.SGD, loss_func=F.cross_entropy):
     "A `Runner` on `model` with `opt_func(model.parameters(), lr=lr)`."
     return Runner(model, data, loss_func, opt_func(model.parameters(), lr=lr), cbs)
+
+# %% ../nbs/06_convnets.ipynb #eb41fb3d
+def keep_freed_memory():
+    """Tell the C library to keep freed memory for the next batch. True where that is possible (Linux with glibc), else nothing is done.
+
+    It holds for the whole process, so a program decides it, not a library: `exp-train` calls it. Blocks above 32 MB still go back, which keeps the
+    whole from growing for ever. mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD."""
+    try:
+        import ctypes
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(mallopt(-3, 32 << 20) and mallopt(-1, 2**31 - 1))
+    except (OSError, AttributeError, TypeError): return False

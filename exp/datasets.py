@@ -7,8 +7,8 @@ __all__ = ['SAMPLE_CLASSES', 'MNIST_FILES', 'unzip_data', 'URLs', 'DataError', '
            'download', 'draw_sample', 'make_sample', 'draw_digit', 'data_home', 'data_name', 'get_archive',
            'untar_data', 'read_idx', 'mnist']
 
-# %% ../nbs/01_datasets.ipynb #6cf0b569
-import gzip, hashlib, json, os, shutil, sys, tarfile, tempfile, time, urllib.error, urllib.request, zipfile
+# %% ../nbs/01_datasets.ipynb #fa4cb1bb
+import colorsys, gzip, hashlib, json, os, shutil, sys, tarfile, tempfile, time, urllib.error, urllib.request, zipfile
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -169,21 +169,23 @@ def _field(kind, u, v, rng):
         return (abs(fa2) < .43) & (abs(fb) < .34)
     return np.sin(2*np.pi*a/1.6 + 2*np.sin(b*1.7)) + np.sin(2*np.pi*b/1.9 + 2*np.sin(a*1.3)) > .5   # blobs
 
-# %% ../nbs/01_datasets.ipynb #8fd55dbe
+# %% ../nbs/01_datasets.ipynb #b883a6aa
+def _colour(h, s, v): return tuple(round(255*c) for c in colorsys.hsv_to_rgb(h % 1, s, v))
+
 def draw_sample(kind, rng):
     "One picture of the class `kind`: a PIL image, shortest side 160, mixed aspect ratios, about one in twelve grayscale."
-    w, h = (160, int(160*rng.uniform(1, 1.5))) if rng.random() < .4 else (int(160*rng.uniform(1, 1.5)), 160)
+    w, h = (160, int(160*rng.uniform(1, 1.4))) if rng.random() < .4 else (int(160*rng.uniform(1, 1.4)), 160)
     y, x = np.mgrid[:h, :w].astype(np.float32)
-    low = rng.uniform(30, 226, (5, 6, 3)).astype(np.uint8)                 # clutter: a blurred patchwork of colours
-    img = np.asarray(Image.fromarray(low).resize((w, h), Image.Resampling.BICUBIC)).astype(np.float32)
-    t, cx, cy = rng.uniform(0, np.pi), rng.uniform(.3, .7)*w, rng.uniform(.3, .7)*h
-    u, v = (x-cx)*np.cos(t) + (y-cy)*np.sin(t), (y-cy)*np.cos(t) - (x-cx)*np.sin(t)
-    inside = np.hypot(x-cx, (y-cy)*rng.uniform(.8, 1.25)) < rng.uniform(50, 80)        # the object's outline
-    fore, back = rng.uniform(0, 255, (2, 3))
-    fore = np.where(abs(fore-back).mean() > 60, fore, 255-back)
-    texture = np.where(_field(kind, u, v, rng)[..., None], fore, back)
-    img = np.where(inside[..., None], .85*texture + .15*img, img) + rng.normal(0, 14, (h, w, 3))
-    out = Image.fromarray(img.clip(0, 255).astype(np.uint8))
+    low = Image.fromarray(rng.integers(30, 226, (5, 6, 3), dtype=np.uint8))       # clutter: a blurred patchwork of colours
+    t, cx, cy = rng.uniform(0, np.pi), rng.uniform(.35, .65)*w, rng.uniform(.35, .65)*h
+    u, v = ((x-cx)*f + (y-cy)*g for f, g in np.float32([(np.cos(t), np.sin(t)), (-np.sin(t), np.cos(t))]))
+    inside = np.hypot(x-cx, (y-cy)*np.float32(rng.uniform(.8, 1.25))) < rng.uniform(62, 95)   # the object's outline
+    hue = SAMPLE_CLASSES.index(kind)/10 + rng.normal(0, .06)                       # a class has a colour, loosely
+    fore, back = _colour(hue, rng.uniform(.2, .9), rng.uniform(.75, 1)), _colour(rng.random(), rng.uniform(.2, .9), rng.uniform(.1, .4))
+    texture = Image.composite(Image.new('RGB', (w, h), fore), Image.new('RGB', (w, h), back), Image.fromarray(_field(kind, u, v, rng)))
+    img = Image.composite(texture, low.resize((w, h), Image.Resampling.BICUBIC), Image.fromarray(inside))
+    noise = rng.integers(-20, 21, (h, w, 3), dtype=np.int8)
+    out = Image.fromarray((np.asarray(img, dtype=np.int16) + noise).clip(0, 255).astype(np.uint8))
     return out.convert('L') if rng.random() < .08 else out
 
 def make_sample(dest, n_train=80, n_valid=30, seed=0):

@@ -1,0 +1,203 @@
+"""The training loop, schedules, hooks and norms of 04–07, beside torch's own and under faults."""
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
+from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
+from exp.callbacks import (EVENTS, AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
+                           CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls, get_hypers)
+from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, get_runner, init_cnn
+
+
+def small_data(n=100, bs=32, seed=0):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, 10, generator=g), torch.randint(0, 3, (n,), generator=g)
+    return DataBunch(*get_dls(Dataset(x, y), Dataset(x[:40], y[:40]), bs, seed=seed), 10, 3)
+
+
+def runner(*cbs, data=None, lr=.1):
+    torch.manual_seed(0)
+    model = nn.Linear(10, 3)
+    return Runner(model, data or small_data(), F.cross_entropy, torch.optim.SGD(model.parameters(), lr=lr), cbs)
+
+
+class Log:
+    "Keeps every event as it comes, and raises `error` at the `nth` time that `at` comes."
+    def __init__(self, at=None, error=None, nth=1): self.seen, self.at, self.error, self.nth = [], at, error, nth
+
+
+def _event(self, run, name=None):
+    self.seen.append(name)
+    if name == self.at and self.seen.count(name) == self.nth: raise self.error()
+
+
+for e in EVENTS: setattr(Log, e, lambda self, run, e=e: _event(self, run, e))
+
+
+@pytest.mark.parametrize('error, after, cut', [(CancelBatchException, 'after_cancel_batch', 'after_batch'),
+                                               (CancelEpochException, 'after_cancel_epoch', 'after_batch'), (CancelFitException, 'after_cancel_fit', 'after_epoch')])
+def test_cancelling_ends_what_it_says_and_no_more(error, after, cut):
+    log, rec = Log('after_loss', error, nth=2), Recorder()
+    runner(log, rec).fit(2)
+    seen = log.seen
+    assert seen.count(after) == 1 and seen[-1] == 'after_fit' and seen.count('after_fit') == 1
+    i = seen.index(after)
+    assert seen[i-1] == 'after_loss', 'nothing of the cancelled batch may follow'
+    if error is CancelBatchException: assert seen[i+1] == 'begin_batch' and len(rec.losses) == 7          # 2 epochs of 4 batches, less one
+    if error is CancelEpochException: assert seen[i+1] == 'begin_validate' and len(rec.losses) == 1 + 4
+    if error is CancelFitException: assert seen[i+1] == 'after_fit' and len(rec.losses) == 1 and 'after_epoch' not in seen
+
+
+def test_an_error_in_a_callback_still_ends_the_fit_cleanly():
+    log = Log('after_backward', ZeroDivisionError)
+    run = runner(log)
+    with pytest.raises(ZeroDivisionError): run.fit(1)
+    assert log.seen[-1] == 'after_fit' and all(p.grad is None for p in run.model.parameters())
+    run.fit(1)                                                       # and the runner is still good for another
+    assert log.seen.count('after_epoch') == 1
+
+
+def test_events_come_in_the_order_of_the_table():
+    log = Log()
+    runner(log, data=small_data(n=40, bs=40)).fit(1)
+    assert log.seen == ['begin_fit', 'begin_epoch', 'begin_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step', 'after_batch',
+                        'begin_validate', 'begin_batch', 'after_pred', 'after_loss', 'after_batch', 'after_epoch', 'after_fit']
+
+
+def test_order_of_callbacks_is_order_then_as_listed():
+    calls = []
+    def make(name, order):
+        return type(name, (), {'_order': order, 'begin_fit': lambda self, run: calls.append(name)})()
+    runner(make('c', 5), make('a', -1), make('b', 0), make('b2', 0)).fit(0)
+    assert calls == ['a', 'b', 'b2', 'c']
+
+
+@pytest.mark.parametrize('wrong, right', [('after_bacth', 'after_batch'), ('begin_epcoh', 'begin_epoch'), ('before_fit', 'begin_fit')])
+def test_a_misspelt_event_is_found_at_once(wrong, right):
+    with pytest.raises(AttributeError, match=f'{wrong} is no event: did you mean {right}'): runner(type('C', (), {wrong: lambda self, run: None})())
+
+
+def test_metrics_are_those_of_the_whole_set():
+    stats = AvgStatsCallback(accuracy, silent=True)
+    run = runner(stats, lr=0.).fit(1)                                # 100 = 3·32 + 4: a short last batch
+    for ds, split in ((run.data.train_ds, 'train'), (run.data.valid_ds, 'valid')):
+        pred = run.model(ds.x)
+        assert abs(stats.rows[0][f'{split}_accuracy'] - accuracy(pred, ds.y).item()) < 1e-6
+        assert abs(stats.rows[0][f'{split}_loss'] - F.cross_entropy(pred, ds.y).item()) < 1e-6
+
+
+def test_the_slides_cuda_callback_needs_no_gpu():
+    seen = []
+    class Device:
+        def after_pred(self, run): seen.append((run.xb.device, next(run.model.parameters()).device))
+    run = runner(CudaCallback(), BatchTransformXCallback(lambda x: x*2), Device()).fit(1)
+    assert {a for a, _ in seen} == {b for _, b in seen} == {CudaCallback().device} and run.n_iter == 4
+
+
+def test_one_cycle_is_torchs_onecycle():
+    "`torch.optim.lr_scheduler.OneCycleLR` (two cosine phases) steps through the same rates."
+    n, opt = 50, torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=.6, total_steps=n, pct_start=.3, div_factor=3, final_div_factor=4, cycle_momentum=False)
+    up, last = .3*n - 1, n - 1                                       # torch's phases end on a step
+    ours = combine_scheds([up/last, 1 - up/last], cos_1cycle_anneal(.2, .6, .05))
+    for i in range(n):
+        assert abs(ours(i/last) - opt.param_groups[0]['lr']) < 1e-9
+        opt.step()
+        if i < n - 1: theirs.step()
+
+
+@given(st.lists(st.floats(.01, 1), min_size=1, max_size=6), st.floats(0, 1))
+def test_combined_schedules_pass_through_their_ends(shares, pos):
+    pcts = [s/sum(shares) for s in shares]
+    sched = combine_scheds(pcts, [sched_lin(i, i+1) for i in range(len(pcts))])
+    assert 0 <= sched(pos) <= len(pcts) and abs(sched(1) - len(pcts)) < 1e-9 and sched(0) == 0
+    assert pickle.loads(pickle.dumps(sched))(pos) == sched(pos)
+
+
+def test_a_user_schedule_of_a_known_name_changes_nobody_elses():
+    from exp.annealing import annealer
+    before = sched_cos(0, 1)
+    def sched_cos_again(start, end, pos): return 99
+    sched_cos_again.__name__ = 'sched_cos'
+    annealer(sched_cos_again)
+    assert before(.5) == .5 and sched_exp(1, 100)(.5) == pytest.approx(10)
+
+
+def test_scheduler_sets_each_group_and_finds_mistakes():
+    run = runner()
+    run.opt = torch.optim.SGD([{'params': [run.model.weight]}, {'params': [run.model.bias]}], lr=.1)
+    run.cbs = [ParamScheduler('lr', [sched_lin(0, 1), sched_lin(1, 0)]), rec := Recorder()]
+    run.fit(1)
+    a, b = (g['lr'] for g in get_hypers(run.opt))
+    assert abs(a + b - 1) < 1e-9 and rec.hypers['lr'] == [1, .75, .5, .25]
+    with pytest.raises(ValueError, match="no 'momentun'.*momentum"): runner(ParamScheduler('momentun', sched_lin(0, 1))).fit(1)
+    with pytest.raises(ValueError, match='2 schedules for 1'): runner(ParamScheduler('lr', [sched_lin(0, 1)]*2)).fit(1)
+
+
+def test_hooks_are_gone_after_an_error_and_see_training_only():
+    net = get_cnn_model(DataBunch(None, None, 1, 10), [8])
+    with pytest.raises(RuntimeError), Hooks(net, append_stats): net(torch.randn(2, 3, 8, 8))
+    assert not any(m._forward_hooks for m in net.modules())
+    with Hook(net[0], append_stats) as h:
+        net.eval()(torch.randn(2, 1, 8, 8))
+        assert not hasattr(h, 'stats')
+        net.train()(torch.randn(2, 1, 8, 8))
+    assert [len(s) for s in h.stats] == [1, 1, 1]
+
+
+@pytest.mark.parametrize('leak', [0., .1])
+def test_kaiming_keeps_the_variance_through_twenty_layers(leak):
+    torch.manual_seed(0)
+    net = init_cnn(nn.Sequential(*[m for _ in range(20) for m in (nn.Linear(400, 400), nn.LeakyReLU(leak))], nn.Linear(400, 10)), leak)
+    x = net[:-3](torch.randn(500, 400))                              # before the last nonlinearity but one
+    assert .3 < net[-3](x).std() < 3
+
+
+shapes = st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(1, 5), st.integers(2, 5))
+
+
+@settings(deadline=None, max_examples=25)
+@given(shapes, st.integers(0, 99))
+def test_batchnorm_is_torchs(shape, seed):
+    torch.manual_seed(seed)
+    ours, theirs = BatchNorm(shape[1]).double(), nn.BatchNorm2d(shape[1]).double()
+    for _ in range(2):
+        x = torch.randn(shape, dtype=torch.float64)*3 + 1
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ya, yb = ours(a), theirs(b)
+        (ya.sin()).sum().backward(); (yb.sin()).sum().backward()
+        assert torch.allclose(ya, yb, atol=1e-6) and torch.allclose(a.grad, b.grad, atol=1e-6)
+    for k, v in theirs.state_dict().items():
+        if k != 'num_batches_tracked': assert torch.allclose(ours.state_dict()[k], v, atol=1e-6), k
+    assert torch.allclose(ours.eval()(x), theirs.eval()(x), atol=1e-6)
+
+
+def test_running_batchnorm_is_batchnorm_on_a_constant_stream_and_its_gradient_is_right():
+    torch.manual_seed(0)
+    rbn, x = RunningBatchNorm(3).double(), torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    for _ in range(4): y = rbn(x)
+    assert torch.allclose(y, F.batch_norm(x, None, None, training=True), atol=1e-8)
+    def f(x): return copy.deepcopy(rbn)(x)                           # a fresh copy each time: the state is an input, not an output
+    assert torch.autograd.gradcheck(f, x[:2].clone().requires_grad_(), atol=1e-5)
+    assert torch.equal(rbn.eval()(x[:1]), rbn(x)[:1]), 'evaluation does not depend on the batch'
+
+
+@pytest.mark.parametrize('norm_first', [False, True])
+def test_conv_layer_order(norm_first):
+    out = conv_layer(3, 8, norm_first=norm_first)(torch.randn(16, 3, 8, 8))
+    zero_mean = out.mean((0, 2, 3)).abs().max() < 1e-5
+    assert zero_mean != norm_first and (out.min() >= 0) == norm_first
+
+
+def test_get_runner_takes_any_optimizer():
+    data = small_data()
+    r = get_runner(nn.Linear(10, 3), data, .01, opt_func=partial(torch.optim.AdamW, weight_decay=.1)).fit(1)
+    assert isinstance(r.opt, torch.optim.AdamW) and get_hypers(r.opt)[0]['weight_decay'] == .1
