@@ -43,10 +43,10 @@ def test_trains_and_says_on_what(data_home, tmp_path):
 def test_same_seed_same_weights(data_home, monkeypatch):
     import torch
     from exp.datasets import URLs, untar_data
-    data = T.get_data(untar_data(URLs.SAMPLE), 16, 100, seed=3)
+    data = T.get_items(untar_data(URLs.SAMPLE), 16).to_databunch(100, seed=3, in_memory=None)
     ws = []
     for seed in (1, 1, 2):
-        data.train_dl.generator.manual_seed(3)
+        data.train_dl.epoch = 0                                # the same order of pictures for all three
         ws.append(torch.cat([p.flatten() for p in T.get_training(data, .1, 'cpu', seed).fit(1).model.parameters()]))
     assert ws[0].equal(ws[1]) and not ws[0].equal(ws[2])
 
@@ -67,7 +67,7 @@ def test_faults_of_a_folder(tmp_path, data_home):
     assert 'no folder train/' in said(tmp_path/'a')
     assert 'no images' in said(folder(tmp_path/'b', n=0))
     assert 'one class only (a)' in said(folder(tmp_path/'c', train=('a',), val=('a',)))
-    assert 'classes that train/ has not: z' in said(folder(tmp_path/'d', val=('a', 'z')))
+    assert "label 'z' is none of the 2 of the training set (a, b)" in said(folder(tmp_path/'d', val=('a', 'z')))
     bad = folder(tmp_path/'e')
     (bad/'train/a/0.png').write_text('no picture')
     assert 'train/a/0.png' in said(bad)
@@ -84,33 +84,37 @@ def test_an_unreadable_folder(tmp_path, data_home):
 def test_an_unreadable_folder_as_root_too(tmp_path, monkeypatch):
     def scandir(p): raise PermissionError(13, 'Permission denied')
     folder(tmp_path)
-    monkeypatch.setattr(T.os, 'scandir', scandir)
-    with pytest.raises(DataError, match='cannot be read: Permission denied'): T.find_splits(tmp_path)
+    monkeypatch.setattr(os, 'scandir', scandir)
+    with pytest.raises(DataError, match='cannot be read: Permission denied'): T.get_items(tmp_path, 16)
 
 
 def test_dot_folders_are_nobodys_class(tmp_path):
     folder(tmp_path, train=('a', 'b', '.ipynb_checkpoints'), val=('a', 'b'))
     (tmp_path/'train/a/.DS_Store').touch(); (tmp_path/'train/a/notes.txt').touch()
-    classes, train, val = T.find_splits(tmp_path)
-    assert classes == ['a', 'b'] and len(train) == len(val) == 8
+    ll = T.get_items(tmp_path, 16)
+    assert ll.train.proc_y.vocab == ['a', 'b'] and len(ll.train) == len(ll.valid) == 8
 
 
-def test_exif_turns_pictures_upright(tmp_path):
-    im = Image.new('RGB', (64, 64), 'black')
-    im.paste((255, 255, 255), (0, 0, 64, 16))                  # white on top
-    exif = Image.Exif(); exif[0x0112] = 6                      # to be turned by a quarter when shown
-    im.rotate(90, expand=True).save(tmp_path/'p.jpg', exif=exif)
-    x = T.load_image(tmp_path/'p.jpg', 32).float()
-    assert x[:, :6].mean() > 200 and x[:, 10:].mean() < 50
-
-
-def test_same_pixels_as_torchvision(data_home):
+def test_goes_through_the_data_block(tmp_path, data_home):
+    "Uprightness, pixels and the rest are tested there; here, that the command's pictures are those, whole sets in memory or not."
     import torch
-    from torchvision.transforms.v2 import functional as F
-    from exp.datasets import URLs, untar_data
-    f = T.find_splits(untar_data(URLs.SAMPLE))[1][0][0]
-    want = F.pil_to_tensor(F.resize(Image.open(f).convert('RGB'), [128, 128], antialias=True))
-    assert (T.load_image(f, 128).int() - want.int()).abs().max() <= 1 and isinstance(want, torch.Tensor)
+    from exp import data_block as D
+    items = T.get_items(folder(tmp_path), 16)
+    assert isinstance(items, D.SplitData) and items.train.x.tfms[0] is D.make_rgb and items.train.x.tfms[1].size == (16, 16)
+    kept, read = (items.to_databunch(4, seed=0, in_memory=None, max_bytes=m, num_workers=0) for m in (1e9, 1))
+    assert isinstance(kept.train_ds, D.Dataset) and not isinstance(read.train_ds, D.Dataset)
+    for (a, ya), (b, yb) in zip(kept.train_dl, read.train_dl, strict=True): assert a.equal(b) and ya.equal(yb) and a.dtype == torch.uint8
+    for name in ('find_images', 'load_image', 'ImageFiles', 'load_all', 'get_data'): assert not hasattr(T, name), f'{name}: the old way'
+
+
+def test_a_broken_picture_of_a_large_set_is_one_line_too(tmp_path):
+    "Too large to keep in memory: the error comes from a worker process, with its file and without its traceback."
+    from exp import data_block as D
+    d = folder(tmp_path)
+    (d/'train/b/2.png').write_text('no picture')
+    data = T.get_items(d, 16).to_databunch(4, seed=0, num_workers=1)
+    with pytest.raises(DataError) as e: list(data.train_dl)
+    assert str(e.value).startswith(str(d/'train/b/2.png')) and len(str(e.value).splitlines()) == 1 and isinstance(data, D.ItemBunch)
 
 
 def test_ctrl_c_tells_how_far_it_got(data_home):

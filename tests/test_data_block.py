@@ -1,0 +1,614 @@
+"""exp.data_block against torchvision, Pillow, hypothesis, broken files and processes that start by spawn."""
+import csv
+import os
+import pickle
+import random
+import subprocess
+import sys
+import warnings
+from collections import namedtuple
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, small_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from exp import data_block as D
+from exp import datasets
+from exp.data_block import (CategoryProcessor, ImageList, ItemList, LabeledData, MultiCategoryProcessor, NumberProcessor, PathList, RegexLabeler, ResizeFixed,
+                            SplitData, TableLabeler, get_files, grandparent_splitter, label_by_func, make_rgb, open_image, parent_labeler, to_byte_tensor,
+                            to_float_tensor, verify_images)
+from exp.datasets import DataError, URLs, untar_data
+
+BYTES = [make_rgb, ResizeFixed(32), to_byte_tensor]
+
+
+@pytest.fixture(scope='module')
+def sample(data_home): return untar_data(URLs.SAMPLE, base=data_home/'data')
+
+
+@pytest.fixture
+def ll(sample): return labelled(sample, BYTES)
+
+
+def labelled(path, tfms, valid='val'):
+    sd = SplitData.split_by_func(ImageList.from_files(path, tfms=tfms), partial(grandparent_splitter, valid_name=valid))
+    return label_by_func(sd, parent_labeler)
+
+
+def pictures(root, *names, size=(40, 30)):
+    "Small pictures, each of its own colour, at `names` below `root`."
+    for i, n in enumerate(names):
+        (root/n).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', size, (i*37 % 256, i*91 % 256, 60)).save(root/n)
+    return root
+
+
+def jpeg(path, size=(64, 48)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path, quality=90)
+    return path
+
+
+# ------------------------------------------------------------------ the slides, as printed
+def test_the_summary_cell_of_the_slides(data_home, monkeypatch):
+    monkeypatch.setenv('EXP_DATA', 'sample')
+    ImageList, SplitData, label_by_func = D.ImageList, D.SplitData, D.label_by_func
+    bs = 64
+    path = datasets.unzip_data(datasets.URLs.IMAGENETTE_160)
+    tfms = [make_rgb, ResizeFixed(128), to_byte_tensor, to_float_tensor]
+    il = ImageList.from_files(path, tfms=tfms)
+    sd = SplitData.split_by_func(il, partial(grandparent_splitter, valid_name='val'))
+    ll = label_by_func(sd, parent_labeler)
+    data = ll.to_databunch(bs, c_in=3, c_out=10, num_workers=4)
+    xb, yb = next(iter(data.train_dl))
+    assert xb.shape == (64, 3, 128, 128) and xb.dtype == torch.float32 and 0 <= xb.min() < .2 and .8 < xb.max() <= 1
+    assert yb.shape == (64,) and yb.dtype == torch.int64 and isinstance(data, D.DataBunch)
+    assert len(data.train_ds) == 800 and len(data.valid_ds) == 300 and data.classes == sorted(datasets.SAMPLE_CLASSES)
+
+
+def test_names_of_the_slides():
+    for n in '''get_files image_extensions ListContainer ItemList ImageList grandparent_splitter split_by_func SplitData Processor CategoryProcessor
+                ProcessedItemList LabeledData label_by_func parent_labeler make_rgb ResizeFixed to_byte_tensor to_float_tensor DataBunch databunchify show_image'''.split():
+        assert hasattr(D, n), n
+    assert hasattr(SplitData, 'to_databunch') and hasattr(D.ItemBunch, 'show_batch')
+
+
+# ------------------------------------------------------------------ against torchvision and Pillow
+def test_same_files_classes_and_pixels_as_imagefolder(sample):
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+    ref = ImageFolder(sample/'val', v2.Compose([v2.Resize((96, 96)), v2.PILToTensor()]))
+    ll = labelled(sample, [make_rgb, ResizeFixed(96), to_byte_tensor])
+    assert [str(p) for p in ll.valid.x.items] == [f for f, _ in ref.samples]
+    assert ll.train.proc_y.vocab == ref.classes and ll.valid.y.items.tolist() == ref.targets
+    for i in range(0, len(ref), 17): assert (ll.valid[i][0].int() - ref[i][0].int()).abs().max() <= 1
+
+
+def test_same_files_as_a_plain_walk(sample):
+    want = sorted(p for p in sample.rglob('*') if p.is_file() and not any(q[0] == '.' for q in p.relative_to(sample).parts))
+    got = get_files(sample, recurse=True)
+    assert sorted(got) == want and len(got) == 1100 and list(got) == list(get_files(sample, '.jpeg', recurse=True))
+    assert len(get_files(sample)) == 0 and len(get_files(sample, recurse=True, include=['val'])) == 300 and not len(get_files(sample, '.png', recurse=True))
+
+
+def test_a_batch_is_its_items(sample):
+    for tfms in (BYTES, [*BYTES, to_float_tensor]):
+        il = ImageList.from_files(sample, tfms=tfms[::-1])                      # listed in any order: _order decides
+        xb, kept, bad = il.batch([5, 2, 900])
+        assert kept == [5, 2, 900] and not bad and xb.equal(torch.stack([il[i] for i in (5, 2, 900)])) and xb.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize('kind', ['BILINEAR', 'BICUBIC', 'LANCZOS'])
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA'])
+def test_resize_is_pillows_to_two_levels(sample, kind, mode):
+    f, kind = get_files(sample, recurse=True)[0], Image.Resampling[kind]
+    im = Image.open(f).convert(mode)
+    for size in ((50, 20), (300, 200)):
+        want, got = np.asarray(im.resize(size, kind), int), np.asarray(ResizeFixed(size, kind)(im), int)
+        assert got.shape == want.shape and abs(got - want).max() <= 2 and abs(got - want).mean() < .2, size
+        if mode == 'RGBA' or kind == Image.Resampling.LANCZOS: assert (got == want).all(), 'these go through Pillow itself'
+
+
+def test_batches_of_mixed_pictures_are_their_items_to_the_bit(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, (w, h, c) in enumerate([(90, 60, 3), (90, 60, 3), (60, 90, 3), (90, 60, 1), (90, 60, 4), (33, 200, 3), (90, 60, 3)]):
+        Image.fromarray(rng.integers(0, 256, (h, w, c), dtype=np.uint8).squeeze()).save(tmp_path/f'{i}.png')
+    il = ImageList.from_files(tmp_path, tfms=[make_rgb, ResizeFixed((40, 24)), to_byte_tensor])
+    xb, kept, _ = il.batch(range(7))
+    assert kept == list(range(7)) and xb.equal(torch.stack(il[:])) and xb.shape == (7, 3, 24, 40)
+    raw = ImageList(il.items, tmp_path, [ResizeFixed(8), to_byte_tensor])
+    with pytest.raises(DataError, match=r'3.png is \(1, 8, 8\) where .*0.png is \(3, 8, 8\)'): raw.batch([0, 3])
+    assert raw.batch([4])[0].equal(raw[4][None])                                # RGBA, resized by Pillow
+
+
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(tmp_path):
+    y, x = np.mgrid[:960, :1280]
+    Image.fromarray(np.stack([x//5 % 256, y//4 % 256, (x + y)//9 % 256], -1).astype(np.uint8)).save(tmp_path/'a.jpg', quality=95)
+    small = ImageList([tmp_path/'a.jpg'], tfms=BYTES)
+    assert min(open_image(tmp_path/'a.jpg', draft=64).size) < 960 and open_image(tmp_path/'a.jpg').size == (1280, 960)
+    whole = to_byte_tensor(Image.open(tmp_path/'a.jpg').resize((32, 32), Image.Resampling.BILINEAR))
+    assert (small[0].float() - whole.float()).abs().mean() < 2
+
+
+@pytest.fixture
+def simplejpeg(monkeypatch):
+    "A stand-in for the package: Pillow's own pictures, `off` levels brighter."
+    import io
+    def install(off):
+        m = type(sys)('simplejpeg')
+        def load(data): return Image.open(io.BytesIO(data))
+        m.decode_jpeg_header = lambda data: (*load(data).size[::-1], 'Gray' if load(data).mode == 'L' else 'YCbCr', '420')
+        m.decode_jpeg = lambda data, space='RGB': np.clip(np.asarray(load(data), int).reshape(*load(data).size[::-1], -1) + off, 0, 255).astype(np.uint8)
+        monkeypatch.setitem(sys.modules, 'simplejpeg', m)
+        D.fast_decoder.cache_clear()
+    yield install
+    D.fast_decoder.cache_clear()
+
+
+def test_a_faster_decoder_only_where_it_agrees(simplejpeg, sample, tmp_path, monkeypatch):
+    files = get_files(sample, recurse=True)[::7]
+    simplejpeg(1)
+    assert D.fast_decoder() and {open_image(f, fast=True).mode for f in files} == {'RGB', 'L'}
+    a, b = (np.asarray(open_image(files[0], fast=k), int) for k in (True, False))
+    assert abs(a - b).max() == 1, 'it was not used'
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (40, 20)).save(tmp_path/'turned.jpg', exif=exif)
+    assert open_image(tmp_path/'turned.jpg', fast=True).size == (20, 40)
+    (tmp_path/'cut.jpg').write_bytes(files[0].read_bytes()[:900])
+    with pytest.raises(DataError, match='cut.jpg'): open_image(tmp_path/'cut.jpg', fast=True)
+    sys.modules['simplejpeg'].decode_jpeg_header = lambda data: (10**5, 10**5, 'YCbCr', '420')
+    assert (np.asarray(open_image(files[0], fast=True)) == np.asarray(open_image(files[0]))).all(), "beyond the limit it is Pillow's to refuse"
+    simplejpeg(5)
+    assert D.fast_decoder() is None
+    monkeypatch.setitem(sys.modules, 'simplejpeg', None)                         # as if not installed
+    D.fast_decoder.cache_clear()
+    assert D.fast_decoder() is None and open_image(files[0], fast=True).size == open_image(files[0]).size
+
+
+def test_the_real_one_gives_the_same_pictures(sample):
+    pytest.importorskip('simplejpeg')
+    D.fast_decoder.cache_clear()
+    for f in get_files(sample, recurse=True)[::60]: assert abs(np.asarray(open_image(f, fast=True), int) - np.asarray(open_image(f), int)).mean() <= 2
+
+
+# ------------------------------------------------------------------ odd pictures
+@pytest.mark.parametrize('n', range(1, 9))
+def test_every_exif_orientation(tmp_path, n):
+    upright = Image.fromarray(np.random.default_rng(1).integers(0, 256, (24, 40, 3), dtype=np.uint8)).resize((80, 48), Image.Resampling.NEAREST)
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}                          # Transpose that stores the upright picture as orientation n says
+    stored = upright if n == 1 else upright.transpose(Image.Transpose(undo[n]))
+    exif = Image.Exif()
+    exif[0x0112] = n
+    stored.save(tmp_path/'a.png', exif=exif)
+    assert np.array_equal(open_image(tmp_path/'a.png'), upright) and np.array_equal(ImageOps.exif_transpose(Image.open(tmp_path/'a.png')), upright)
+
+
+def test_kinds_of_pictures_become_rgb(tmp_path):
+    d = tmp_path
+    Image.new('RGBA', (8, 8), (255, 0, 0, 0)).save(d/'clear.png')
+    p = Image.new('P', (8, 8), 1)
+    p.putpalette([0, 0, 0, 9, 99, 199])
+    p.save(d/'palette.png')
+    p.save(d/'palette_clear.png', transparency=1)
+    Image.fromarray(np.full((8, 8), 128*256, np.uint16)).save(d/'deep.png')
+    Image.new('CMYK', (8, 8), (0, 255, 255, 0)).save(d/'cmyk.tif')
+    Image.new('L', (8, 8), 77).save(d/'grey.png')
+    Image.new('1', (8, 8), 1).save(d/'bit.png')
+    Image.new('RGB', (8, 8), 'red').save(d/'film.gif', save_all=True, append_images=[Image.new('RGB', (8, 8), 'blue')])
+    want = dict(clear=(255,)*3, palette=(9, 99, 199), palette_clear=(255,)*3, deep=(128,)*3, cmyk=(255, 0, 0), grey=(77,)*3, bit=(255,)*3, film=(255, 0, 0))
+    il = ImageList.from_files(d, tfms=[make_rgb, to_byte_tensor])
+    for f, x in zip(il.items, il):
+        assert x.shape == (3, 8, 8)
+        assert x[:, 4, 4].tolist() == pytest.approx(want[f.stem], abs=2), f.name
+
+
+def test_float_pictures(tmp_path):
+    Image.fromarray(np.full((4, 4), .5, np.float32)).save(tmp_path/'f.tif')
+    assert np.asarray(make_rgb(open_image(tmp_path/'f.tif')))[0, 0].tolist() == [127]*3
+
+
+@pytest.fixture
+def broken(tmp_path):
+    "Six files: good, cut off, empty, text, a header of 60,000 × 60,000 pixels, gone."
+    d = tmp_path/'train/c'
+    jpeg(d/'a_good.jpg')
+    (d/'b_cut.jpg').write_bytes((d/'a_good.jpg').read_bytes()[:700])
+    (d/'c_empty.jpg').touch()
+    (d/'d_text.jpg').write_text('no picture')
+    bmp = bytearray()
+    Image.new('RGB', (2, 2)).save(d/'e_bomb.bmp')
+    bmp[:] = (d/'e_bomb.bmp').read_bytes()
+    bmp[18:26] = (60000).to_bytes(4, 'little')*2
+    (d/'e_bomb.bmp').write_bytes(bmp)
+    return tmp_path
+
+
+def test_a_broken_file_is_an_error_with_its_name(broken):
+    for name, why in dict(b_cut='truncated', c_empty='empty', d_text='not a picture').items():
+        with pytest.raises(DataError, match=f'{name}.jpg.*{why}'): open_image(broken/f'train/c/{name}.jpg')
+    with pytest.raises(DataError, match='e_bomb.bmp.*exceeds limit'): open_image(broken/'train/c/e_bomb.bmp')
+    with pytest.raises(DataError, match='no such file'): open_image(broken/'nope.jpg')
+
+
+def test_the_pixel_limit_is_kept_and_lifted_for_one_list_only(tmp_path):
+    Image.new('L', (400, 400)).save(tmp_path/'a.png')
+    before = Image.MAX_IMAGE_PIXELS
+    with pytest.raises(DataError, match='a.png'): open_image(tmp_path/'a.png', max_pixels=1000)
+    assert Image.MAX_IMAGE_PIXELS == before and ImageList([tmp_path/'a.png'], max_pixels=10**6)[0].size == (400, 400)
+
+
+def test_verify_lists_and_never_deletes(broken):
+    il = ImageList.from_files(broken, tfms=BYTES)
+    seen = []
+    bad = verify_images(il, progress=lambda n, of: seen.append((n, of)))
+    assert [f.name for f in bad] == ['b_cut.jpg', 'c_empty.jpg', 'd_text.jpg', 'e_bomb.bmp'] and seen[-1] == (5, 5)
+    assert len(list((broken/'train/c').iterdir())) == 5
+    good = il.without(bad)
+    assert [f.name for f in good.items] == ['a_good.jpg'] and len(il) == 5 and not verify_images(good) and good.tfms == il.tfms
+
+
+@pytest.mark.parametrize('nw', [0, 2])
+def test_bad_files_are_skipped_counted_and_listed(tmp_path, nw):
+    for s in ('train', 'val'):
+        for c in 'ab':
+            for i in range(6): jpeg(tmp_path/s/c/f'{i}.jpg')
+    for f in ('train/a/3.jpg', 'train/b/0.jpg', 'val/a/1.jpg'): (tmp_path/f).write_bytes(b'x')
+    ll = labelled(tmp_path, BYTES)
+    data = ll.to_databunch(4, num_workers=nw, seed=0, on_error='skip')
+    with pytest.warns(UserWarning, match='2 of 12 pictures cannot be read.*train/'): n = sum(len(xb) for xb, _ in data.train_dl)
+    assert n == 10 and {Path(f).relative_to(tmp_path).as_posix() for f in data.skipped} == {'train/a/3.jpg', 'train/b/0.jpg'}
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')                                          # listed once, not in every epoch
+        assert sum(len(xb) for xb, _ in data.train_dl) == 10
+    with pytest.raises(DataError, match=r'^\S*train/(a/3|b/0).jpg: no readable picture'): list(ll.to_databunch(4, num_workers=nw, seed=0).train_dl)
+
+
+def test_bad_files_in_memory(tmp_path):
+    for s in ('train', 'val'):
+        for c in 'ab':
+            for i in range(4): jpeg(tmp_path/s/c/f'{i}.jpg')
+    (tmp_path/'train/a/0.jpg').write_bytes(b'x')
+    ll = labelled(tmp_path, BYTES)
+    with pytest.raises(DataError, match='train/a/0.jpg'): ll.to_databunch(4, in_memory=True)
+    data = ll.to_databunch(4, in_memory=True, on_error='skip')
+    assert len(data.train_ds) == 7 and list(data.skipped) == [str(tmp_path/'train/a/0.jpg')] and data.train_ds.y.tolist() == [0]*3 + [1]*4
+    assert data.train_ds.x[0].equal(ll.train[1][0])
+
+
+# ------------------------------------------------------------------ lists
+def test_pathlist_is_a_list_of_paths(tmp_path):
+    names = ['b/ä.jpg', 'a.jpg', 'c/d/e.png', os.fsdecode(b'odd\xff.jpg')]
+    p = PathList(tmp_path, names)
+    assert list(p) == [tmp_path/n for n in names] and p[-1] == tmp_path/names[-1] and p[1:3] == [tmp_path/n for n in names[1:3]]
+    assert p[[2, 0]] == [tmp_path/names[2], tmp_path/names[0]] and p[[2, 0]][1:][0] == tmp_path/names[0] and p[::-1][0] == p[3]
+    assert len(p[[]]) == 0 == len(PathList(tmp_path, [])) and list(pickle.loads(pickle.dumps(p[1:]))) == list(p)[1:] and p[np.array([True, False, False, True])] == [p[0], p[3]]
+    for i in (4, -5):
+        with pytest.raises(IndexError): p[i]
+
+
+def test_listcontainer():
+    l = D.ListContainer(range(20))
+    assert l[3] == 3 and list(l[2:4]) == [2, 3] and l[[1, 5]] == [1, 5] and l[[i % 2 == 0 for i in range(20)]] == list(range(0, 20, 2))
+    assert repr(l).startswith('ListContainer (20 items)\n[0, 1, 2') and repr(l).endswith('…]') and len(l) == 20
+    m = D.ListContainer([1, 2, 3])
+    m[0] = 9; del m[1]
+    assert list(m) == [9, 3]
+    with pytest.raises(IndexError): l[[True]]
+
+
+def test_dot_names_are_nobodys_class(tmp_path):
+    pictures(tmp_path, 'train/a/0.png', 'train/b/0.png', 'train/a/1.png', 'train/b/1.png', 'val/a/2.png', 'val/b/2.png', 'train/.ipynb_checkpoints/0.png', 'train/a/._0.png')
+    (tmp_path/'train/a/.DS_Store').touch()
+    ll = labelled(tmp_path, BYTES)
+    assert ll.train.proc_y.vocab == ['a', 'b'] and len(ll.train) == 4
+
+
+def test_a_link_that_leads_back_is_not_followed(tmp_path):
+    pictures(tmp_path, 'x/a/0.png', 'other/1.png')
+    try: (tmp_path/'x/a/up').symlink_to(tmp_path/'x', target_is_directory=True); (tmp_path/'x/b').symlink_to(tmp_path/'other', target_is_directory=True)
+    except OSError: pytest.skip('no links here')
+    assert [p.relative_to(tmp_path/'x').as_posix() for p in get_files(tmp_path/'x', recurse=True)] == ['a/0.png', 'b/1.png']
+
+
+def test_errors_of_a_folder(tmp_path):
+    with pytest.raises(DataError, match='cannot be read'): get_files(tmp_path/'nope')
+    with pytest.raises(DataError, match='no images'): ImageList.from_files(tmp_path)
+
+
+# ------------------------------------------------------------------ splits
+Fake = namedtuple('Fake', 'items path')
+names_st = st.lists(st.text('abcdefgh/', min_size=1, max_size=8), unique=True, min_size=2, max_size=60)
+
+
+@given(names=names_st, seed=st.integers(0, 99), pct=st.floats(.01, .99))
+@settings(max_examples=60, deadline=None)
+def test_random_split_is_disjoint_complete_and_seeded(names, seed, pct):
+    il = ItemList(names)
+    a, b = SplitData.split_by_random(il, pct, seed), SplitData.split_by_random(il, pct, seed)
+    assert sorted([*a.train.items, *a.valid.items]) == sorted(names) and not set(a.train.items) & set(a.valid.items)
+    assert a.train.items == b.train.items and len(a.train) and len(a.valid)
+    backwards = SplitData.split_by_random(ItemList(names[::-1]), pct, seed)
+    assert set(backwards.valid.items) == set(a.valid.items)
+
+
+@given(names=st.lists(st.text('abcdefgh', min_size=1, max_size=8), unique=True, min_size=40, max_size=60), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_a_new_file_moves_no_old_one(names, seed):
+    a, b = (set(SplitData.split_by_random(ItemList(n), .4, seed).valid.items) for n in (names, [*names, 'a new one']))
+    assert a == b - {'a new one'}
+
+
+@given(n=st.integers(2, 50), k=st.integers(2, 8), seed=st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_k_folds(n, k, seed):
+    if k > n:
+        with pytest.raises(ValueError): SplitData.k_folds(ItemList(list(range(n))), k, seed)
+        return
+    folds = SplitData.k_folds(ItemList(list(range(n))), k, seed)
+    assert sorted(o for f in folds for o in f.valid.items) == list(range(n)) and all(len(f.train) + len(f.valid) == n for f in folds)
+    sizes = [len(f.valid) for f in folds]
+    assert len(folds) == k and max(sizes) - min(sizes) <= 1
+
+
+def test_random_split_has_about_its_share_and_follows_its_folder(tmp_path):
+    il = ItemList([Path(f'/x/{i}.jpg') for i in range(2000)], '/x')
+    sd = SplitData.split_by_random(il, .2, 0)
+    assert abs(len(sd.valid) - 400) < 60 and set(sd.valid.items) != set(SplitData.split_by_random(il, .2, 1).valid.items)
+    moved = SplitData.split_by_random(ItemList([Path(f'/y/z/{i}.jpg') for i in range(2000)], '/y/z'), .2, 0)
+    assert [p.name for p in moved.valid.items] == [p.name for p in sd.valid.items]
+
+
+def test_split_by_names_and_csv(tmp_path):
+    il = ImageList.from_files(pictures(tmp_path, *(f'{c}/{i}.png' for c in 'ab' for i in range(3))))
+    def valid(sd): return [p.relative_to(tmp_path).as_posix() for p in sd.valid.items]
+    assert valid(SplitData.split_by_names(il, ['a/1.png', 'b/2'])) == ['a/1.png', 'b/2.png'] and valid(SplitData.split_by_names(il, ['0.png'])) == ['a/0.png', 'b/0.png']
+    with pytest.raises(DataError, match='1 of 2 names are no items: a/9.png'): SplitData.split_by_names(il, ['a/1.png', 'a/9.png'])
+    with open(tmp_path/'t.csv', 'w', newline='') as f:
+        w = csv.writer(f); w.writerow(['name', 'is_valid', 'label']); w.writerows([[f'{c}/{i}.png', i == 2, f'{c};{i % 2}'] for c in 'ab' for i in range(3)])
+    pd = pytest.importorskip('pandas')
+    for table in (tmp_path/'t.csv', pd.read_csv(tmp_path/'t.csv')):
+        sd = SplitData.split_by_csv(il, table)
+        assert valid(sd) == ['a/2.png', 'b/2.png']
+        ll = label_by_func(sd, TableLabeler(table, delim=';'))
+        assert ll.train.proc_y.vocab == ['0', '1', 'a', 'b'] and ll.train[0][1].tolist() == [1, 0, 1, 0] and ll.valid.y_obj(1) == ['0', 'b']
+    with pytest.raises(ValueError, match="no column 'labels'; there is name, is_valid, label"): TableLabeler(tmp_path/'t.csv', label_col='labels')
+    pictures(tmp_path, 'a/9.png')
+    with pytest.raises(DataError, match='1 of 7 items have no row in the table: a/9.png'): SplitData.split_by_csv(ImageList.from_files(tmp_path), tmp_path/'t.csv')
+
+
+def test_empty_sides_are_named(sample):
+    il = ImageList.from_files(sample)
+    with pytest.raises(DataError, match='the validation set is empty: of 800 items that were split by grandparent_splitter'): SplitData.split_by_func(il, grandparent_splitter)
+    for bad in (0, 1, -1): pytest.raises(ValueError, SplitData.split_by_random, il, bad)
+
+
+# ------------------------------------------------------------------ labels and processors
+@given(train=st.lists(st.text(min_size=1, max_size=5), min_size=1, max_size=30), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_category_there_and_back(train, data):
+    p = CategoryProcessor()
+    ys = p(train)
+    assert p.deprocess(ys) == train and p.vocab == sorted(set(train)) and CategoryProcessor()(train[::-1]) == ys[::-1]
+    q = pickle.loads(pickle.dumps(p))
+    later = data.draw(st.lists(st.sampled_from(train)))
+    assert q.deprocess(q(later)) == later and q.vocab == p.vocab and CategoryProcessor(p.vocab)(train) == ys
+
+
+@given(st.lists(st.lists(st.sampled_from('abcdef'), unique=True), min_size=1, max_size=20))
+@settings(max_examples=40, deadline=None)
+def test_multi_label_there_and_back(train):
+    p = MultiCategoryProcessor()
+    assert p.deprocess(p(train)) == [sorted(t) for t in train]
+
+
+@given(st.lists(st.tuples(st.floats(-1e3, 1e3), st.floats(-1e3, 1e3)), min_size=3, max_size=20, unique_by=(lambda t: round(t[0]), lambda t: round(t[1]))))
+@settings(max_examples=40, deadline=None)
+def test_numbers_there_and_back(train):
+    for p in (NumberProcessor(), NumberProcessor(standardise=True)):
+        ys = p([list(t) for t in train])
+        assert np.allclose(p.deprocess(ys), train, rtol=1e-4, atol=1e-2)
+    assert torch.stack(ys).mean(0).abs().max() < 1e-3 and (torch.stack(ys).std(0, correction=0) - 1).abs().max() < 1e-3
+
+
+def test_processor_is_fitted_on_training_only(tmp_path):
+    il = ItemList([f'{s}/{c}/{i}' for s in ('train', 'valid') for c in 'cab' for i in range(2)])
+    sd = SplitData.split_by_func(il, grandparent_splitter)
+    assert label_by_func(sd, parent_labeler).train.proc_y.vocab == ['a', 'b', 'c']
+    il = ItemList([*il.items, 'valid/new/7'])
+    with pytest.raises(DataError, match=r"1 of 7 labels: label 'new' is none of the 3 of the training set.*valid/new/7"):
+        label_by_func(SplitData.split_by_func(il, grandparent_splitter), parent_labeler)
+
+
+def test_missing_labels_are_named():
+    il = ItemList(['train/a/1', 'train/b/2', 'valid/a/3'])
+    sd = SplitData.split_by_func(il, grandparent_splitter)
+    with pytest.raises(DataError, match='1 of 2 items have no label: train/b/2'): label_by_func(sd, {'train/a/1': 'x', 'valid/a/3': 'x'}.get)
+    with pytest.raises(DataError, match='1 of 2 items have no label: train/b/2'): label_by_func(sd, lambda o: ' ' if 'b' in o else 'x')
+    with pytest.raises(DataError, match='1 of 2 items have no label'): label_by_func(sd, RegexLabeler(r'/(a)/'))
+    with pytest.raises(ValueError, match='2 inputs but 1 labels'): LabeledData(sd.train, ['x'])
+
+
+def test_a_class_with_one_picture_is_warned_of():
+    sd = SplitData.split_by_func(ItemList(['train/a/1', 'train/a/2', 'train/b/3', 'valid/a/4']), grandparent_splitter)
+    with pytest.warns(UserWarning, match="class 'b' has a single training picture: train/b/3"): label_by_func(sd, parent_labeler)
+
+
+def test_one_class_is_nothing_to_tell_apart(tmp_path):
+    ll = labelled(pictures(tmp_path, *(f'{s}/a/{i}.png' for s in ('train', 'val') for i in range(3))), BYTES)
+    with pytest.raises(DataError, match=r'one class only \(a\)'): ll.to_databunch(2)
+    with pytest.raises(ValueError, match='no labels yet'): SplitData(ll.train.x, ll.valid.x).to_databunch(2)
+
+
+def test_regression_targets(sample):
+    il = ImageList.from_files(sample, tfms=BYTES)
+    il = il.new(il.items[::40])
+    ll = label_by_func(SplitData.split_by_random(il), lambda fn: float(fn.stem[-3:]))
+    data = ll.to_databunch(8, num_workers=0)
+    xb, yb = next(iter(data.train_dl))
+    assert yb.dtype == torch.float32 and data.c_out == 1 and data.classes is None and ll.train.y_obj(0) == float(ll.train.x.items[0].stem[-3:])
+
+
+# ------------------------------------------------------------------ loaders
+def test_order_is_a_function_of_seed_and_epoch(ll):
+    def epochs(**kw): dl = ll.to_databunch(100, num_workers=0, in_memory=True, **kw).train_dl; return [torch.cat([y for _, y in dl]).tolist() for _ in range(2)], dl
+    (a, b), dl = epochs(seed=3)
+    assert a != b and sorted(a) == sorted(b) == sorted(ll.train.y.items.tolist()) and epochs(seed=3)[0] == [a, b] and epochs(seed=4)[0][0] != a
+    dl.epoch = 1
+    assert torch.cat([y for _, y in dl]).tolist() == b                          # picked up where it was, without running the first
+    data = ll.to_databunch(100, num_workers=0, seed=3)                          # from files: the same order
+    assert torch.cat([y for _, y in data.train_dl]).tolist() == a
+
+
+def test_memory_and_files_give_the_same_batches(ll):
+    m, f = (ll.to_databunch(64, num_workers=0, seed=0, in_memory=k) for k in (None, False))
+    for (a, ya), (b, yb) in zip(m.train_dl, f.train_dl): assert a.equal(b) and ya.equal(yb) and a.is_contiguous(memory_format=torch.channels_last)
+    assert isinstance(m.train_ds, D.Dataset) and m.train_ds.x.dtype == torch.uint8 and (m.c_in, m.c_out) == (3, 10)
+
+
+class Jitter:
+    "A random transform, in five lines: adds one number to the picture."
+    _order, generator = 25, None
+    def __call__(self, x): return x.float() + torch.rand((), generator=self.generator)
+
+
+def test_random_transforms_draw_per_picture_and_epoch_whatever_the_workers(sample):
+    ll = labelled(sample, [make_rgb, ResizeFixed(8), to_byte_tensor, Jitter()])
+    def draws(nw, n=2): dl = ll.to_databunch(100, num_workers=nw, seed=1).train_dl; return [torch.cat([x.flatten(1)[:, 0] % 1 for x, _ in dl]) for _ in range(n)]
+    one, two = draws(0)
+    assert len(one.mul(1e4).round().unique()) > 700 and not one.equal(two)
+    assert all(a.equal(b) for a, b in zip((one, two), draws(2)))
+    assert ll.train.x.tfms[-1].generator is None
+
+
+@pytest.mark.parametrize('draw', [random.random, np.random.rand, lambda: torch.rand(()).item()])
+def test_a_random_transform_is_never_frozen(sample, draw):
+    def tfm(x): return x.float() + draw()
+    tfm._order = 25
+    ll = labelled(sample, [make_rgb, ResizeFixed(8), to_byte_tensor, tfm])
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    with pytest.raises(ValueError, match='draws at random'): ll.to_databunch(8, in_memory=True)
+    assert not isinstance(ll.to_databunch(8, in_memory=None, num_workers=0, seed=0).train_ds, D.Dataset)
+    assert torch.get_rng_state().equal(state[0]) and random.getstate() == state[1] and np.array_equal(np.random.get_state()[1], state[2])
+
+
+def test_looking_changes_nothing(sample, capsys):
+    ll = labelled(sample, [make_rgb, ResizeFixed(8), to_byte_tensor, Jitter()])
+    data = ll.to_databunch(50, num_workers=0, seed=1)
+    state = torch.get_rng_state()
+    data.summary(); data.show_batch(); data.train_dl.first(); D.NormalizeBytes.fit(data.train_ds, 20)
+    assert torch.get_rng_state().equal(state) and data.train_dl.epoch == 0
+    out = capsys.readouterr().out
+    steps = ['ImageList.get', 'make_rgb', 'ResizeFixed', 'to_byte_tensor', 'Jitter', 'label']
+    assert [out.index(s) for s in steps] == sorted(out.index(s) for s in steps) and 'uint8 (3, 8, 8)' in out and '800 training' in out
+    assert data.train_dl.first()[1].equal(next(iter(data.train_dl))[1])
+
+
+def test_summary_says_where_it_breaks(sample, capsys):
+    def upside(x): return x.nonsense()
+    upside._order = 15
+    ll = labelled(sample, [make_rgb, ResizeFixed(8), upside, to_byte_tensor])
+    ll.summary(pictures=False)
+    assert "upside               BREAKS HERE: AttributeError" in (out := capsys.readouterr().out) and 'to_byte_tensor' not in out
+    with pytest.raises(RuntimeError, match=r'\.JPEG: upside failed on picture RGB 8 × 8'): ll.train[0]
+
+
+def test_pictures_of_different_shape_are_named(tmp_path):
+    pictures(tmp_path, 'a.png', size=(20, 20)); pictures(tmp_path, 'b.png', size=(30, 20))
+    with pytest.raises(DataError, match=r"b.png is \(20, 30, 'RGB'\) where .*a.png is \(20, 20, 'RGB'\)"): ImageList.from_files(tmp_path, tfms=[make_rgb, to_byte_tensor]).batch([0, 1])
+    with pytest.raises(TypeError, match='make_rgb first'): to_byte_tensor(Image.new('I', (4, 4)))
+
+
+def test_test_set(ll, sample):
+    test = ImageList.from_files(sample, include=['val'])
+    data = ll.add_test(test).to_databunch(64, num_workers=0)
+    xs = torch.cat(list(data.test_dl))
+    assert len(xs) == 300 and xs[:2].equal(torch.stack(ll.valid.x[:2])) and ll.test is None and ll.to_databunch(64).test_dl is None
+
+
+@pytest.mark.parametrize('kw, why', [(dict(bs=0), 'at least 1'), (dict(bs=4, on_error='maybe'), 'raise'), (dict(bs=4, c_out=3), 'c_out is 3, but the training set has 10')])
+def test_wrong_arguments(ll, kw, why):
+    with pytest.raises(ValueError, match=why): ll.to_databunch(num_workers=0, **kw)
+
+
+# ------------------------------------------------------------------ processes
+SPAWN = '''
+import sys, torch, warnings
+from functools import partial
+from exp.data_block import *
+from exp.data_block import SplitData
+def main():
+    sd = SplitData.split_by_func(ImageList.from_files(sys.argv[1], tfms=[make_rgb, ResizeFixed(16), to_byte_tensor]), partial(grandparent_splitter, valid_name='val'))
+    ll = label_by_func(sd, parent_labeler)
+    a, b = (ll.to_databunch(200, num_workers=n, seed=0, **kw) for n, kw in ((2, dict(multiprocessing_context='spawn')), (0, {})))
+    assert a.train_dl.num_workers == 2 and all(x.equal(v) and y.equal(w) for (x, y), (v, w) in zip(a.train_dl, b.train_dl, strict=True))
+    print('same batches')
+if __name__ == '__main__': main()
+'''
+
+
+def test_workers_that_start_by_spawn(sample, tmp_path, data_home):
+    (tmp_path/'s.py').write_text(SPAWN)
+    r = subprocess.run([sys.executable, tmp_path/'s.py', sample], env={**small_env(data_home), 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=200)
+    assert 'same batches' in r.stdout, r.stderr[-2000:]
+
+
+def test_a_lambda_under_spawn_is_named_and_goes_on_without_workers(sample):
+    tfm = lambda x: x                                                           # noqa: E731
+    ll = labelled(sample, [*BYTES, tfm])
+    with pytest.warns(UserWarning, match=r'without worker processes: <lambda> \(test_data_block.py, line \d+\)'):
+        data = ll.to_databunch(200, num_workers=2, multiprocessing_context='spawn')
+    assert data.train_dl.num_workers == 0 and len(next(iter(data.train_dl))[0]) == 200
+
+
+def test_a_notebooks_own_class_under_spawn(sample, monkeypatch):
+    T = type('T', (), {'__module__': '__main__', '__call__': lambda self, x: x, '_order': 40, '__reduce__': lambda self: 'T'})
+    main = type(sys)('__main__')
+    main.T = T()
+    monkeypatch.setitem(sys.modules, '__main__', main)
+    ll = labelled(sample, [*BYTES, main.T])
+    assert 'T lives in this notebook' in D.no_workers_because(ll.train, 2, context='spawn') and not D.no_workers_because(ll.train, 2, context='fork')
+
+
+def test_a_small_dev_shm_is_explained(ll, monkeypatch):
+    monkeypatch.setattr(D.shutil, 'disk_usage', lambda p: namedtuple('U', 'total used free')(64e6, 0, 1e5))
+    with pytest.warns(UserWarning, match=r'need 2 MB of shared memory and /dev/shm has 0 MB free.*--shm-size'): data = ll.to_databunch(64, num_workers=2, prefetch_factor=2)
+    assert data.train_dl.num_workers == 0
+
+
+def test_importing_is_light():
+    code = 'import sys, exp.data_block as d; print([m for m in ("torchvision", "matplotlib", "IPython", "pandas", "fastprogress") if m in sys.modules], d.torch.cuda.is_initialized())'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True).stdout.strip() == '[] False'
+
+
+def test_everything_pickles(ll):
+    again = pickle.loads(pickle.dumps(ll))
+    assert again.train[3][0].equal(ll.train[3][0]) and again.valid.y_obj(5) == ll.valid.y_obj(5) and len(pickle.dumps(ll.train)) < 300*1100
+
+
+# ------------------------------------------------------------------ the device's side
+def test_normalize_bytes(ll):
+    data = ll.to_databunch(64, in_memory=True, seed=0)
+    norm = D.NormalizeBytes.fit(data.train_ds, n=10**6)
+    z = norm(data.train_ds.x)
+    x = data.train_ds.x.double()/255
+    assert z.mean((0, 2, 3)).abs().max() < 1e-4 and (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    want = (x - x.mean((0, 2, 3), keepdim=True))/x.std((0, 2, 3), keepdim=True)
+    assert torch.allclose(z.double(), want, atol=1e-4) and torch.allclose(norm(x.float()), z, atol=1e-4) and data.train_ds.x.dtype == torch.uint8
+
+
+def test_show_image(ll):
+    import matplotlib
+    matplotlib.use('agg')
+    for im in (Image.new('L', (5, 4)), torch.zeros(1, 4, 5, dtype=torch.uint8), torch.randn(3, 4, 5), ll.train[0][0]):
+        ax = D.show_image(im)
+        assert len(ax.images) == 1
+    assert ax.images[0].get_array().shape == (32, 32, 3)
+    import matplotlib.pyplot as plt
+    plt.close('all')
