@@ -1,0 +1,623 @@
+"""The Learner of 09b: beside a bare loop and Runner, under faults at every event, and looked at without a trace."""
+import csv
+import hashlib
+import math
+import os
+import random
+import subprocess
+import sys
+import textwrap
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader, TensorDataset
+
+from exp.annealing import ParamScheduler
+from exp.batchnorm import conv_layer
+from exp.callbacks import (EVENTS, AvgStatsCallback, BatchTransformXCallback, Callback, CancelBatchException, CancelEpochException,
+                           CancelFitException, CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls, get_hypers)
+from exp.data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler,
+                            to_byte_tensor)
+from exp.learner import (CancelStepException, CSVLogger, EarlyStopping, GradientAccumulation, GradientClip, Learner, SaveBest, SumStats,
+                         TensorBoardCallback, get_learner, in_order, set_seed, split_batch, spread_lrs)
+from exp.optimizers import adam_opt, sgd_mom_opt, sgd_opt
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(140, 10, generator=G), torch.randint(0, 3, (140,), generator=G)
+
+
+def toy(bs=32, seed=0): return DataBunch(*get_dls(Dataset(X[:100], Y[:100]), Dataset(X[100:], Y[100:]), bs, seed=seed), 10, 3)
+
+
+def net(norm=False):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 20), *([nn.BatchNorm1d(20), nn.Dropout(.3)] if norm else []), nn.ReLU(), nn.Linear(20, 3))
+
+
+def learner(*cbs, data=None, opt_func=torch.optim.SGD, norm=False, **kw):
+    return Learner(net(norm), data or toy(), F.cross_entropy, opt_func, **{'lr': .1, **kw}, cbs=list(cbs))
+
+
+def weights(learn): return torch.cat([t.detach().flatten().double() for t in learn.model.state_dict().values()])
+
+
+class Log:
+    "Keeps every event as it comes, and raises `error` at the `nth` time that `at` comes."
+    def __init__(self, at=None, error=None, nth=1): self.seen, self.at, self.error, self.nth = [], at, error, nth
+
+
+def _event(self, run, name=None):
+    self.seen.append(name)
+    if name == self.at and self.seen.count(name) == self.nth: raise self.error()
+
+
+for e in EVENTS: setattr(Log, e, lambda self, run, e=e: _event(self, run, e))
+
+
+# the loop
+
+@pytest.mark.parametrize('opt_func', [torch.optim.SGD, partial(torch.optim.AdamW, weight_decay=.1), partial(torch.optim.SGD, momentum=.9)])
+def test_same_as_a_bare_loop_to_the_bit(opt_func):
+    learn = learner(opt_func=opt_func, norm=True).fit(3)
+    model, data = net(norm=True), toy()
+    opt = opt_func(model.parameters(), lr=.1)
+    for _ in range(3):
+        model.train()
+        for xb, yb in data.train_dl:
+            F.cross_entropy(model(xb), yb).backward()
+            opt.step()
+            opt.zero_grad()
+        for _ in data.valid_dl: pass                                           # a loader draws from torch's generator as it starts
+    assert all(a.equal(b) for a, b in zip(learn.model.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize('mine, torchs', [(sgd_opt, torch.optim.SGD), (sgd_mom_opt, partial(torch.optim.SGD, momentum=.9)),
+                                          (adam_opt(), partial(torch.optim.Adam, betas=(.9, .99), eps=1e-5))])
+def test_works_with_our_optimizers_and_torchs(mine, torchs):
+    a, b = (learner(opt_func=f, lr=.01).fit_one_cycle(2, moms=None) for f in (mine, torchs))
+    assert torch.allclose(weights(a), weights(b), atol=1e-5)
+
+
+def test_callbacks_of_earlier_notebooks_see_what_they_saw_in_runner():
+    def cbs(): return [AvgStatsCallback(accuracy, silent=True), Recorder(), CudaCallback('cpu'), BatchTransformXCallback(lambda x: x*2), ParamScheduler('lr', lambda p: .1*(1 - p))]
+    a, b, model = cbs(), cbs(), net()
+    Runner(model, toy(), F.cross_entropy, torch.optim.SGD(model.parameters(), lr=.1), a).fit(2)
+    learn = learner(*b).fit(2)
+    assert weights(learn).equal(torch.cat([t.flatten().double() for t in model.state_dict().values()]))
+    assert a[1].losses == b[1].losses and a[1].hypers == b[1].hypers
+    assert [{k: v for k, v in r.items() if k != 'time'} for r in a[0].rows] == [{k: v for k, v in r.items() if k != 'time'} for r in b[0].rows]
+
+
+def test_events_are_runners():
+    a, b, model = Log(), Log(), net()
+    Runner(model, toy(), F.cross_entropy, torch.optim.SGD(model.parameters(), lr=.1), [a]).fit(2)
+    learner(b).fit(2)
+    assert a.seen == b.seen and b.seen.count('begin_epoch') == 2                 # the class of 2019: four
+
+
+@pytest.mark.parametrize('error, after, cut', [(CancelBatchException, 'after_cancel_batch', 'after_batch'),
+                                               (CancelEpochException, 'after_cancel_epoch', 'after_batch'), (CancelFitException, 'after_cancel_fit', 'after_epoch')])
+@pytest.mark.parametrize('at', ['begin_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step'])
+def test_cancelling_ends_what_it_says_and_no_more(at, error, after, cut):
+    log, rec = Log(at, error, nth=2), Recorder()
+    learn = learner(log, rec).fit(2)
+    seen, i = log.seen, log.seen.index(after)
+    assert seen.count(after) == 1 and seen[-1] == 'after_fit' and seen.count('after_fit') == 1 and seen[i-1] == at
+    n = {CancelBatchException: 7, CancelEpochException: 1 + 4, CancelFitException: 1}[error]       # 2 epochs of 4 batches
+    assert len(rec.losses) == n, 'the recorder must not see the cancelled batch'
+    assert seen[i+1] == {CancelBatchException: 'begin_batch', CancelEpochException: 'begin_validate', CancelFitException: 'after_fit'}[error]
+    assert all(p.grad is None for p in learn.model.parameters())
+
+
+def test_a_cancelled_batch_leaves_no_gradient_to_the_next():
+    a = learner(Log('after_backward', CancelBatchException)).fit(1)
+    class Skip:
+        def begin_batch(self, run):
+            if run.in_train and run.iter == 0: raise CancelBatchException
+    assert weights(a).equal(weights(learner(Skip()).fit(1)))
+
+
+@pytest.mark.parametrize('at', EVENTS)
+def test_after_an_error_anywhere_the_learner_is_as_before(at):
+    class Swaps(Callback):
+        _order, ended = -50, False
+        def begin_fit(self, run): run.loss_func, run.logger, run.model = (lambda p, y: F.cross_entropy(p, y)*2), None, nn.Sequential(run.model)
+        def after_fit(self, run): self.ended = True
+    helper = {'after_cancel_batch': CancelBatchException, 'after_cancel_epoch': CancelEpochException, 'after_cancel_fit': CancelFitException}.get(at)
+    learn, last = learner(AvgStatsCallback(accuracy, silent=True)), Swaps()
+    last._order = 50
+    before = learn.cbs, learn.loss_func, learn.logger, learn.model, learn.data
+    with pytest.raises(ZeroDivisionError):
+        learn.fit(2, [*([Log('after_loss', helper)] if helper else []), ParamScheduler('lr', lambda pos: 7.), Swaps(), Log(at, ZeroDivisionError), last])
+    assert last.ended, 'after_fit must reach the callbacks after the one that failed'
+    assert (learn.cbs, learn.loss_func, learn.logger, learn.model, learn.data) == before
+    assert get_hypers(learn.opt)[0]['lr'] == .1 and all(p.grad is None for p in learn.model.parameters())
+    log = Log()
+    learn.fit(1, log)
+    assert log.seen[0] == 'begin_fit' and learn.cbs == before[0]
+
+
+def test_keyboard_interrupt_cleans_up_too():
+    learn = learner()
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, Log('after_pred', KeyboardInterrupt))
+    assert learn.cbs == [] and not learn.calls['after_pred']
+
+
+def test_an_error_inside_an_except_block_of_the_caller():
+    try: raise ZeroDivisionError
+    except ZeroDivisionError: learner(Log()).fit(1)                             # a fit that goes well, while another error is being handled
+
+
+def test_misspelt_events_are_named_and_add_nothing():
+    class Typo:
+        def after_bacth(self, run): pass
+    learn = learner()
+    for f in (lambda: learn.add_cbs(Typo()), lambda: learn.fit(1, Typo()), lambda: learner(Typo())):
+        with pytest.raises(AttributeError, match='after_bacth.*did you mean after_batch'): f()
+    assert learn.cbs == []
+
+
+def test_callbacks_come_and_go_in_the_middle():
+    class Comes:
+        n = 0
+        def after_batch(self, run): self.n += 1
+    class Brings:
+        def __init__(self): self.guest = Comes()
+        def begin_batch(self, run):
+            if run.in_train and run.iter == 1: run.add_cbs(self.guest)
+            if run.in_train and run.iter == 3: run.remove_cbs(self.guest)
+    learn = learner(b := Brings()).fit(1)
+    assert b.guest.n == 2 and learn.cbs == [b]
+
+
+def test_no_more_reads_from_the_device_for_more_batches():
+    class Reads(TorchDispatchMode):
+        n = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.n += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+    def reads(data):
+        learn = learner(AvgStatsCallback(accuracy, silent=True), Recorder(), ParamScheduler('lr', lambda pos: .1), GradientClip(1.), data=data)
+        with Reads() as r: learn.fit(1)
+        return r.n
+    few, many = [DataBunch([(X[:8], Y[:8])]*n, [(X[:8], Y[:8])]*n) for n in (2, 40)]
+    assert reads(few) == reads(many)
+
+
+@pytest.mark.parametrize('opt_func', [sgd_mom_opt, adam_opt(), partial(torch.optim.SGD, momentum=.9)])
+def test_fit_twice_goes_on(opt_func):
+    def run(*fits):
+        learn = learner(opt_func=opt_func, lr=.01)
+        for epochs, reset in fits: learn.fit(epochs, reset_opt=reset)
+        return weights(learn)
+    assert run((2, False)).equal(run((1, False), (1, False))) and not run((2, False)).equal(run((1, False), (1, True)))
+
+
+def test_a_fit_broken_off_goes_on_from_its_batch():
+    "Data in one order, so that what was skipped can be told."
+    dl = [(X[i:i+10], Y[i:i+10]) for i in range(0, 100, 10)]
+    data = DataBunch(dl, dl[:2])
+    whole, parts = (learner(ParamScheduler('lr', lambda pos: .1*(1 - pos)), data=data, opt_func=partial(torch.optim.SGD, momentum=.9)) for _ in range(2))
+    whole.fit(3)
+    with pytest.raises(ZeroDivisionError): parts.fit(3, Log('begin_batch', ZeroDivisionError, nth=12 + 5))       # in epoch 1, before its batch 4
+    parts.fit(3, start=(1, 4))
+    assert weights(whole).equal(weights(parts))
+
+
+def test_epochs_must_make_sense():
+    with pytest.raises(ValueError, match='0 or more'): learner().fit(-1)
+    assert learner().fit(0).n_iter == 0
+
+
+# groups
+
+def test_rates_by_group_reach_the_right_parameters():
+    learn = learner(lr=slice(.001, .1), splitter=lambda m: [[*m[0].parameters()], [*m[2].parameters()]])
+    before, data = [p.detach().clone() for p in learn.model.parameters()], learn.data.train_dl
+    model = net()
+    state = data.generator.get_state()
+    xb, yb = next(iter(data))
+    data.generator.set_state(state)
+    F.cross_entropy(model(xb), yb).backward()
+    learn.fit(1, Log('after_step', CancelFitException))
+    for p, b, m, lr in zip(learn.model.parameters(), before, model.parameters(), (.001, .001, .1, .1)):
+        assert torch.allclose(p, b - lr*m.grad, atol=1e-7) and not p.equal(b)
+
+
+def test_splitters_and_rates_that_do_not_fit():
+    assert spread_lrs(slice(1e-4, 1e-2), 3) == pytest.approx([1e-4, 1e-3, 1e-2])
+    with pytest.raises(ValueError, match='2 learning rates for 1'): learner(lr=[.1, .2]).fit(1)
+    with pytest.raises(ValueError, match='leaves out 2 parameters .*2.weight'): learner(splitter=lambda m: [[*m[0].parameters()]]).fit(1)
+    learn = learner(splitter=lambda m: [[*m[0].parameters()]])
+    learn.model[2].requires_grad_(False)
+    learn.fit(1)                                                               # frozen on purpose: nothing to say
+
+
+def test_one_cycle_by_group_and_back():
+    rec = Recorder()
+    learn = learner(rec, opt_func=partial(torch.optim.SGD, momentum=.9), splitter=lambda m: [[*m[0].parameters()], [*m[2].parameters()]], lr=[.01, .1])
+    learn.fit_one_cycle(5)
+    lrs, moms = rec.hypers['lr'], rec.hypers['momentum']
+    assert lrs[0] == pytest.approx(.1/25) and max(lrs) == pytest.approx(.1) and lrs.index(max(lrs)) == 5 and lrs[-1] < .01
+    assert moms[0] == pytest.approx(.95) and min(moms) == pytest.approx(.85) and moms.index(min(moms)) == 5
+    assert [h['lr'] for h in get_hypers(learn.opt)] == [.01, .1] and get_hypers(learn.opt)[0]['momentum'] == .9
+
+
+# looking
+
+def everything(learn):
+    "A hash of all that a look could change: written without the learner's own list of it."
+    h = hashlib.sha256()
+    def add(o):
+        if torch.is_tensor(o): h.update(repr((o.dtype, o.shape)).encode() + o.detach().contiguous().numpy().tobytes())
+        elif isinstance(o, dict): [add((k, v)) for k, v in o.items()]
+        elif isinstance(o, (list, tuple)): [add(v) for v in o]
+        else: h.update(repr(o).encode())
+    add([(n, t) for n, t in learn.model.state_dict().items()])
+    add([(m.training, len(m._forward_hooks)) for m in learn.model.modules()])
+    add([p.grad for p in learn.model.parameters()])
+    add(learn.opt.state_dict() if learn.opt is not None else None)
+    add([torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]])
+    for dl in (learn.data.train_dl, learn.data.valid_dl):
+        add([dl.generator.get_state() if dl.generator is not None else None, getattr(dl, 'epoch', None)])
+    add([learn.epoch, learn.n_epochs, learn.iter, learn.n_iter, learn.in_train, [id(cb) for cb in learn.cbs], id(learn.opt), id(learn.logger), id(learn.loss_func)])
+    add([(k, v) for cb in learn.cbs for k, v in vars(cb).items() if isinstance(v, (int, float, str, list))])
+    return h.hexdigest()
+
+
+def pictures(data_home, n=40, **kw):
+    il = ImageList.from_files(data_home/'data'/'drawn-shapes-160', include=('train', 'val'), tfms=[make_rgb, ResizeFixed(32), to_byte_tensor])
+    sd = label_by_func(SplitData.split_by_func(il.new(il.items[::max(1, 1100//n)]), partial(grandparent_splitter, valid_name='val')), parent_labeler)
+    return sd.to_databunch(8, seed=1, **{'in_memory': True, **kw})
+
+
+class Noise(Callback):
+    "Shapes each batch, drawing from every generator there is, and counts."
+    def __init__(self): self.g, self.n = torch.Generator().manual_seed(5), 0
+    def begin_batch(self, run): run.xb = run.xb + .01*torch.randn(1, generator=self.g) + .01*torch.rand(1) + .01*random.random() + .01*np.random.rand(); self.n += 1
+
+
+def looks():
+    def fails(learn):
+        class Fails:
+            n = 0
+            def after_step(self, run): self.n += 1; 1/(self.n - 5)
+        learn.add_cbs(f := Fails())
+        with pytest.raises(ZeroDivisionError): learn.lr_find(max_iter=20)
+        learn.remove_cbs(f)
+    def fails_in_validate(learn):
+        with pytest.raises(ZeroDivisionError), learn.looking(Log('after_loss', ZeroDivisionError)):
+            learn('begin_fit')
+            learn.one_pass(learn.data.train_dl, False)
+    return {'lr_find': lambda l: l.lr_find(max_iter=20), 'lr_find that fails': fails, 'summary': lambda l: l.summary(), 'show_results': lambda l: l.show_results(4),
+            'validate': lambda l: l.validate(), 'validate on training': lambda l: l.validate(l.data.train_dl), 'get_preds': lambda l: l.get_preds(),
+            'get_preds on training': lambda l: l.get_preds(l.data.train_dl), 'predict': lambda l: l.predict(l.data.valid_dl.dataset[0][0] if not hasattr(l.data, 'source') else l.data.source.valid.x.items[0]),
+            'a look that fails': fails_in_validate, 'show_batch': lambda l: l.data.show_batch() if hasattr(l.data, 'show_batch') else None}
+
+
+@pytest.mark.parametrize('fitted', [False, True], ids=['new', 'fitted'])
+@pytest.mark.parametrize('kind', ['items', 'seeded', 'global'])
+def test_looking_leaves_no_trace(kind, fitted, data_home):
+    import matplotlib.pyplot as plt
+    data = pictures(data_home) if kind == 'items' else toy(seed=0 if kind == 'seeded' else None)
+    set_seed(0)
+    cbs = [AvgStatsCallback(accuracy, silent=True), Recorder(), CudaCallback('cpu'), Noise(), ParamScheduler('lr', lambda pos: .05)]
+    if kind == 'items':
+        learn = get_learner([8, 8], data, .1, conv_layer, opt_func=adam_opt(), cbs=[*cbs, BatchTransformXCallback(lambda x: x.float()/255)])
+        cbs[3]._order = 5
+    else: learn = learner(*cbs, data=data, norm=True, opt_func=partial(torch.optim.SGD, momentum=.9))
+    if fitted: learn.fit(1)
+    for name, look in looks().items():
+        if name == 'show_results' and kind != 'items': continue
+        before = everything(learn)
+        look(learn)
+        assert everything(learn) == before, name
+        plt.close('all')
+
+
+@pytest.mark.parametrize('seed', [0, None])
+def test_training_goes_the_same_with_and_without_looks(seed):
+    "The same thing from the other side: not what was put back is compared, but what comes of it."
+    def run(look):
+        set_seed(1)
+        learn = learner(Noise(), data=toy(seed=seed), norm=True, opt_func=sgd_mom_opt)
+        for i in range(2):
+            if look: learn.lr_find(max_iter=9); learn.summary(); learn.validate(); learn.get_preds(learn.data.train_dl); learn.predict(X[0])
+            learn.fit(1)
+        return weights(learn)
+    assert run(True).equal(run(False))
+
+
+def test_lr_find_finds_the_edge():
+    "A quadratic bowl of curvature 2: plain SGD diverges above lr = 1, so the loss turns up near there, and the advice is below."
+    class Bowl(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.full((1,), 5.))
+        def forward(self, x): return self.w.expand(len(x), 1)
+    data = DataBunch([(torch.zeros(4, 1), torch.zeros(4, 1))]*50, None)
+    f = Learner(Bowl(), data, F.mse_loss, torch.optim.SGD, lr=.1).lr_find(1e-4, 100, 100)
+    assert .01 < f.suggestion < 1 and f.lrs[f.losses.index(min(f.losses))] < 3
+
+
+# reading off
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 60))
+def test_validation_counts_each_item_once_whatever_the_batches(bs):
+    learn = learner(AvgStatsCallback(accuracy, silent=True))
+    r = learn.validate(DataLoader(TensorDataset(X, Y), bs))
+    with torch.no_grad(): pred = learn.model.eval()(X)
+    assert r['loss'] == pytest.approx(F.cross_entropy(pred, Y).item(), abs=1e-5) and r['accuracy'] == pytest.approx(accuracy(pred, Y).item(), abs=1e-6)
+
+
+def test_get_preds_keeps_the_order(data_home):
+    learn = learner()
+    with torch.no_grad(): want = learn.model.eval()(X)
+    for dl in (DataLoader(TensorDataset(X, Y), 32), DataLoader(TensorDataset(X, Y), 32, shuffle=True), DataLoader(TensorDataset(X, Y), 32, shuffle=True, drop_last=True), DataLoader(TensorDataset(X, Y), 32, drop_last=True)):
+        p, y = learn.get_preds(dl)
+        assert torch.allclose(p, want, atol=1e-6) and y.equal(Y)
+    p, y = learn.get_preds([X[:90], X[90:]])
+    assert torch.allclose(p, want, atol=1e-6) and y is None
+    data = pictures(data_home, in_memory=False, num_workers=0)
+    pix = get_learner([8], data, .1, conv_layer, cbs=BatchTransformXCallback(lambda x: x.float()/255))
+    p, y = pix.get_preds(data.train_dl)
+    assert y.tolist() == [data.train_ds[i][1] for i in range(len(data.train_ds))] and in_order(data.valid_dl) is data.valid_dl
+    assert learn.get_preds(act=partial(torch.softmax, dim=1))[0].sum(1).allclose(torch.ones(40))
+
+
+def test_test_set_and_predict(data_home):
+    il = ImageList.from_files(data_home/'data'/'drawn-shapes-160', include=('train', 'val'), tfms=[make_rgb, ResizeFixed(32), to_byte_tensor])
+    sd = label_by_func(SplitData.split_by_func(il.new(il.items[::20]), partial(grandparent_splitter, valid_name='val')), parent_labeler)
+    sd = sd.add_test(ImageList(sd.valid.x.items, sd.valid.x.path))
+    data = sd.to_databunch(8, seed=0, num_workers=0)
+    learn = get_learner([8], data, .1, conv_layer, cb_funcs=[CudaCallback, partial(BatchTransformXCallback, NormalizeBytes.fit(sd.train))]).fit(1)
+    preds, none = learn.get_preds(data.test_dl)
+    assert none is None and torch.allclose(preds, learn.get_preds()[0].cpu(), atol=1e-5)      # the same files, with and without labels
+    from PIL import Image
+    f = sd.valid.x.items[3]
+    label, probs = learn.predict(f)
+    assert label == data.classes[preds[3].argmax()] and torch.allclose(probs, preds[3].softmax(0), atol=1e-4)
+    assert learn.predict(str(f))[0] == learn.predict(Image.open(f))[0] == learn.predict(sd.valid[3][0])[0] == label
+
+
+def test_predictions_in_words_for_several_labels_and_for_numbers(data_home):
+    il = ImageList.from_files(data_home/'data'/'drawn-shapes-160', include=('train', 'val'), tfms=[make_rgb, ResizeFixed(16), to_byte_tensor])
+    sd = SplitData.split_by_func(il.new(il.items[::40]), partial(grandparent_splitter, valid_name='val'))
+    from exp.data_block import MultiCategoryProcessor, NumberProcessor
+    multi = label_by_func(sd, lambda f: [parent_labeler(f), 'picture'], proc_y=MultiCategoryProcessor()).to_databunch(8, num_workers=0)
+    learn = Learner(nn.Identity(), multi, F.binary_cross_entropy_with_logits)
+    words, p = learn.decode(torch.tensor([5.] + [-5.]*(multi.c_out - 2) + [5.]))
+    assert words == [multi.classes[0], multi.classes[-1]] and p[0] == pytest.approx(torch.tensor(5.).sigmoid().item())
+    number = label_by_func(sd, lambda f: len(parent_labeler(f)), proc_y=NumberProcessor(standardise=True)).to_databunch(8, num_workers=0)
+    proc = number.source.train.y.procs[-1]
+    value, _ = Learner(nn.Identity(), number, F.mse_loss).decode(torch.tensor([1.]))
+    assert value == pytest.approx((proc.mean + proc.std).item(), rel=1e-5)
+
+
+def test_summary_measures(capsys):
+    learner(norm=True).summary()
+    out = capsys.readouterr().out
+    assert '(32, 20)' in out and '(32, 3)' in out and f'{10*20 + 20 + 40 + 20*3 + 3:,} parameters' in out and 'BatchNorm1d' in out
+
+
+def test_over_two_processes_the_numbers_are_those_of_all_the_data(tmp_path):
+    script = tmp_path/'two.py'
+    script.write_text(textwrap.dedent(f'''
+        import os, sys, json, torch, torch.nn.functional as F
+        from torch import nn
+        from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, accuracy, get_dls
+        from exp.learner import Learner, SumStats
+        rank = int(sys.argv[1])
+        torch.distributed.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=rank, world_size=2)
+        g = torch.Generator().manual_seed(0)
+        x, y = torch.randn(101, 10, generator=g), torch.randint(0, 3, (101,), generator=g)
+        mine = slice(0, 70) if rank == 0 else slice(70, 101)                     # shares of unequal size
+        torch.manual_seed(0)
+        model = nn.Linear(10, 3)
+        data = DataBunch(*get_dls(Dataset(x[mine], y[mine]), Dataset(x[mine], y[mine]), 16, seed=0))
+        stats = AvgStatsCallback(accuracy, silent=True)
+        learn = Learner(model, data, F.cross_entropy, torch.optim.SGD, lr=0., cbs=[stats, SumStats()])
+        learn.fit(1)
+        with torch.no_grad(): want = [F.cross_entropy(model(x), y).item(), (model(x).argmax(1) == y).float().mean().item()]
+        row = stats.rows[0]
+        print(json.dumps([want, list(learn.validate().values()), [row['valid_loss'], row['valid_accuracy']], [row['train_loss'], row['train_accuracy']]]))
+    '''))
+    import json
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    ps = [subprocess.Popen([sys.executable, str(script), str(r)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT) for r in (0, 1)]
+    outs = [p.communicate(timeout=120) for p in ps]
+    for (out, err), p in zip(outs, ps):
+        assert p.returncode == 0, err
+        want, *got = json.loads(out.strip().splitlines()[-1])
+        for g in got: assert g == pytest.approx(want, abs=1e-5)
+
+
+# callbacks
+
+def test_accumulation_is_the_large_batch():
+    "Short last batch included: 100 items in 16s, four at a time, against 64 and 36 at once."
+    big, small = learner(Recorder(), data=toy(64)), learner(Recorder(), data=toy(16))
+    big.fit(3)
+    small.fit(3, GradientAccumulation(4))
+    assert torch.allclose(weights(big), weights(small), atol=1e-6)
+    assert max(small.cb(Recorder).losses) < 2*max(big.cb(Recorder).losses), 'the loss recorded is that of a batch, unscaled'
+    assert len(small.cb(Recorder).losses) == 21 and small.n_iter == 21
+
+
+def test_clipping_comes_after_accumulating():
+    class Norms:
+        _order = 16
+        def __init__(self): self.all = []
+        def after_backward(self, run): self.all.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item())
+    learner(c := Norms(), data=toy(16)).fit(1, [GradientClip(.05), GradientAccumulation(4)])
+    assert len(c.all) == 2 and all(n == pytest.approx(.05, rel=1e-3) for n in c.all)
+
+
+def test_early_stopping_and_the_best(tmp_path):
+    stats, best = AvgStatsCallback(accuracy, silent=True), SaveBest(path=tmp_path/'best.pt')
+    learn = learner(stats, lr=1.).fit(60, [EarlyStopping(patience=3), best])
+    losses = [r['valid_loss'] for r in stats.rows]
+    assert len(losses) < 60 and losses.index(min(losses)) == best.best_epoch == len(losses) - 4
+    assert learn.validate()['loss'] == pytest.approx(min(losses), rel=1e-5)
+    saved = torch.load(tmp_path/'best.pt', weights_only=True)
+    assert all(v.equal(saved[k]) for k, v in learn.model.state_dict().items()) and [f.name for f in tmp_path.iterdir()] == ['best.pt']
+
+
+def test_watching_knows_which_way_is_better_and_what_is_missing():
+    assert SaveBest('valid_accuracy').sign == 1 and SaveBest('train_loss').sign == -1 and SaveBest('valid_rmse', bigger=False).sign == -1
+    with pytest.raises(ValueError, match="no 'valid_acc'.*valid_accuracy"): learner(AvgStatsCallback(accuracy, silent=True)).fit(1, EarlyStopping('valid_acc'))
+    with pytest.raises(ValueError, match='AvgStatsCallback: add one'): learner().fit(1, SaveBest())
+
+
+def test_early_stopping_is_no_friend_of_nan():
+    stats = AvgStatsCallback(silent=True)
+    learner(stats, lr=1e30).fit(20, EarlyStopping(patience=2))
+    assert len(stats.rows) <= 4
+
+
+def test_csv(tmp_path):
+    stats = AvgStatsCallback(accuracy, silent=True)
+    learn = learner(stats, CSVLogger(tmp_path/'h.csv')).fit(2)
+    learn.fit(1)
+    rows = list(csv.DictReader(open(tmp_path/'h.csv')))
+    assert [float(r['valid_loss']) for r in rows] == [r['valid_loss'] for r in stats.rows] and len(rows) == 3
+    with pytest.raises(ValueError, match='AvgStatsCallback'): learner().fit(1, CSVLogger(tmp_path/'i.csv'))
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    learn = learner(AvgStatsCallback(accuracy, silent=True), rec := Recorder()).fit(2, TensorBoardCallback(tmp_path))
+    ea = EventAccumulator(str(tmp_path))
+    ea.Reload()
+    assert [s.value for s in ea.Scalars('batch/loss')] == pytest.approx(rec.losses) and [s.step for s in ea.Scalars('batch/loss')] == list(range(1, 9))
+    assert [s.value for s in ea.Scalars('epoch/valid_accuracy')] == pytest.approx([r['valid_accuracy'] for r in learn.cb(AvgStatsCallback).rows])
+
+
+def test_without_tensorboard_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    with pytest.raises(ImportError, match='pip install tensorboard'): learner().fit(1, TensorBoardCallback())
+
+
+# errors for the reader
+
+@pytest.mark.parametrize('shape, yb, loss_func, words', [
+    ((4, 3), torch.tensor([0, 2, 1, 12]), F.cross_entropy, '3 outputs.*from 0 to 2; 1 of 4.*12 in row 3'),
+    ((4, 3), torch.tensor([0, -1, 1, 1]), nn.CrossEntropyLoss(), '-1 in row 1'),
+    ((2, 3, 5), torch.full((2, 5), 7), F.cross_entropy, '10 of 10'),
+    ((64, 1), torch.randn(64), F.mse_loss, r'\(64, 1\).*\(64,\).*yb\[:, None\]'),
+    ((64,), torch.randn(64, 1), nn.L1Loss(), 'one shape'),
+    ((4, 3), torch.tensor([0, 2]), F.cross_entropy, 'one row of each'),
+    ((4, 3), torch.tensor([0., 2, 1, 1]), F.cross_entropy, 'class indices, int64'),
+    ((4, 3), torch.randn(4, 5), lambda p, y: (p - y).mean(), r'\(4, 3\).*\(4, 5\).*must match'),
+    ((4, 3), torch.empty(0), F.cross_entropy, 'no targets')])
+def test_a_loss_that_cannot_be_says_why(shape, yb, loss_func, words):
+    xb = torch.randn(shape)
+    data = DataBunch([(xb, yb) if len(yb) else xb], None)
+    model = nn.Sequential(nn.Identity(), nn.Dropout(0.))
+    class Anything(nn.Module):
+        def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(()))
+        def forward(self, x): return model(x)*self.w
+    with pytest.raises(ValueError, match='training batch 0 of epoch 0.*' + words): Learner(Anything(), data, loss_func).fit(1)
+
+
+def test_what_is_allowed_passes():
+    for shape, yb, f in [((4, 3), torch.tensor([0, 2, 1, -100]), F.cross_entropy), ((4, 3), torch.rand(4, 3).softmax(1), F.cross_entropy),
+                         ((4, 3, 2), torch.randint(0, 3, (4, 2)), nn.CrossEntropyLoss()), ((4,), torch.randn(4), F.mse_loss)]:
+        learn = Learner(nn.Identity(), toy(), f)
+        learn.pred, learn.yb = torch.randn(shape), yb
+        assert learn.get_loss(yb).isfinite()
+
+
+def test_a_loss_of_many_numbers_or_none():
+    with pytest.raises(ValueError, match=r'shape \(32,\).*mean'): learner(data=None).__class__(net(), toy(), partial(F.cross_entropy, reduction='none')).fit(1)
+    with pytest.raises(ValueError, match='the loss is a float'): Learner(net(), toy(), lambda p, y: 1.).fit(1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+def test_labels_out_of_range_are_found_before_the_gpu_is_lost():
+    data = DataBunch([(X[:4], torch.tensor([0, 1, 2, 3]))], None)
+    with pytest.raises(ValueError, match='3 outputs'): Learner(net(), data, F.cross_entropy, cbs=CudaCallback('cuda')).fit(1)
+    assert (torch.ones(3, device='cuda')*2).sum().item() == 6                   # the device still answers
+
+
+def test_split_batch():
+    for b, n in ((X, 0), ([X], 0), ((X, Y), 140), ([X, Y], 140)): assert split_batch(b)[0] is X and len(split_batch(b)[1]) == n
+
+
+# the slides, and the same again
+
+def test_the_slides_cell_runs_as_printed(data_home, capsys):
+    data, nfs, norm_imagenette = pictures(data_home), [32]*4, lambda x: x.float()/255 - .5
+    cbfs = [partial(AvgStatsCallback, accuracy), CudaCallback, partial(BatchTransformXCallback, norm_imagenette)]
+    learn = get_learner(nfs, data, 0.4, conv_layer, cb_funcs=cbfs)
+    learn.fit(1)
+    assert 'valid_accuracy' in capsys.readouterr().out and learn.n_iter == len(data.train_dl)
+
+
+SAME = '''
+import hashlib, sys, torch
+from functools import partial
+from pathlib import Path
+from exp.batchnorm import conv_layer
+from exp.callbacks import BatchTransformXCallback
+from exp.data_block import ImageList, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler, to_byte_tensor
+from exp.learner import get_learner, set_seed
+
+class Flip:
+    "Draws for each picture."
+    _order, generator = 11, None
+    def __call__(self, im): return im.transpose(0) if torch.rand((), generator=self.generator) < .5 else im
+
+def run(workers):
+    il = ImageList.from_files(Path(sys.argv[1]), include=('train', 'val'), tfms=[make_rgb, ResizeFixed(16), Flip(), to_byte_tensor])
+    sd = label_by_func(SplitData.split_by_func(il.new(il.items[::12]), partial(grandparent_splitter, valid_name='val')), parent_labeler)
+    set_seed(0)
+    data = sd.to_databunch(16, seed=0, num_workers=workers)
+    learn = get_learner([8, 8], data, .1, conv_layer, cbs=BatchTransformXCallback(lambda x: x.float()/255)).fit_one_cycle(2)
+    return hashlib.sha256(b''.join(t.numpy().tobytes() for t in learn.model.state_dict().values())).hexdigest()
+if __name__ == '__main__': print(run(0), run(0), run(2))
+'''
+
+
+def test_same_seed_same_weights_twice_in_a_fresh_process_and_with_workers(tmp_path, data_home):
+    (tmp_path/'same.py').write_text(SAME)
+    outs = []
+    for hashseed in '12':
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'PYTHONHASHSEED': hashseed}
+        p = subprocess.run([sys.executable, str(tmp_path/'same.py'), str(data_home/'data'/'drawn-shapes-160')], capture_output=True, text=True, env=env, cwd=ROOT, timeout=300)
+        assert p.returncode == 0, p.stderr
+        outs += p.stdout.split()
+    assert len(outs) == 6 and len(set(outs)) == 1, outs
+
+
+def test_set_seed_reaches_every_generator():
+    def draws(): set_seed(7); return torch.rand(1).item(), random.random(), np.random.rand()
+    assert draws() == draws() and math.isfinite(sum(draws()))
+
+
+def test_sum_stats_alone_changes_nothing():
+    a, b = AvgStatsCallback(accuracy, silent=True), AvgStatsCallback(accuracy, silent=True)
+    learner(a).fit(1)
+    learner(b, SumStats()).fit(1)
+    assert [a.rows[0][k] for k in a.heads[:-1]] == [b.rows[0][k] for k in b.heads[:-1]]
+
+
+def test_a_step_cancelled_keeps_the_gradient():
+    class Once:
+        def after_backward(self, run):
+            if run.iter == 0: raise CancelStepException
+    learn, model = learner(Once(), Log('after_step', CancelFitException)), net()
+    state = learn.data.train_dl.generator.get_state()
+    (x1, y1), (x2, y2), *_ = iter(learn.data.train_dl)
+    learn.data.train_dl.generator.set_state(state)
+    learn.fit(1)
+    (F.cross_entropy(model(x1), y1) + F.cross_entropy(model(x2), y2)).backward()
+    for p, q in zip(learn.model.parameters(), model.parameters()): assert torch.allclose(p, q - .1*q.grad, atol=1e-6)
