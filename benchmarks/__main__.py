@@ -14,10 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import Skip, data_block, learner, lsuv, optimizers
+
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Skip(Exception): "This benchmark cannot run here; its text says why."
 
 
 def python(code): subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
@@ -44,19 +43,22 @@ def export():
 
 
 def epoch(n=1024, size=128):
-    "One training epoch of the lesson's CNN on `n` pictures in memory: a bare PyTorch loop, and ours with loss and accuracy kept."
+    "One training epoch of the lesson's CNN on `n` pictures in memory: a bare PyTorch loop, the same with our memory order, and ours with loss and accuracy kept."
     import torch
     import torch.nn.functional as F
+    from exp.batchnorm import conv_layer
     from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, accuracy, get_dls
-    from exp.train_imagenette import NFS, NormalizeBytes, conv_layer, get_cnn_model, get_training, init_cnn
+    from exp.convnets import get_cnn_model, init_cnn
+    from exp.data_block import NormalizeBytes
+    from exp.train_imagenette import NFS, get_training
     g = torch.Generator().manual_seed(0)
     ds = Dataset(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=g), torch.randint(0, 10, (n,), generator=g))
     none = Dataset(ds.x[:2], ds.y[:2])
     data, norm = DataBunch(*get_dls(ds, none, 64, seed=0), c_in=3, c_out=10), NormalizeBytes.fit(ds)
 
-    def bare():
+    def bare(memory_format=torch.contiguous_format):
         torch.manual_seed(0)
-        model = init_cnn(get_cnn_model(data, NFS, conv_layer))
+        model = init_cnn(get_cnn_model(data, NFS, conv_layer)).to(memory_format=memory_format)
         opt = torch.optim.SGD(model.parameters(), lr=.1)
         model.train()
         total = torch.zeros(2)
@@ -68,10 +70,12 @@ def epoch(n=1024, size=128):
             opt.step()
             opt.zero_grad()
             total += torch.stack([loss.detach(), (pred.argmax(1) == yb).float().mean()])*len(xb)
-    return {'bare loop': bare, 'exp Runner': lambda: get_training(data, .1, 'cpu', 0, cbs=[AvgStatsCallback(accuracy, silent=True)]).fit(1)}
+    return {'bare loop': bare, 'bare loop, channels last': lambda: bare(torch.channels_last),
+            'exp Runner': lambda: get_training(data, .1, 'cpu', 0, cbs=[AvgStatsCallback(accuracy, silent=True)]).fit(1)}
 
 
-BENCHMARKS = {'epoch': epoch, 'export': export, 'import': import_time}
+BENCHMARKS = {'epoch': epoch, 'export': export, 'import': import_time,
+              **{k: f for m in (lsuv, data_block, optimizers, learner) for k, f in m.BENCHMARKS.items()}}
 
 
 def measure(work, turns):
@@ -94,17 +98,17 @@ def main(args=None):
     import torch
     if unknown := set(a.names) - set(BENCHMARKS): p.error(f'no benchmark {", ".join(unknown)}; there is {", ".join(BENCHMARKS)}')
     head = dict(torch=torch.__version__, python=platform.python_version(), threads=torch.get_num_threads(), cpu=platform.processor() or platform.machine(), turns=a.turns)
-    print(' · '.join(f'{k} {v}' for k, v in head.items()), f'\n\n{"benchmark":<10} {"what":<34} {"median s":>9} {"ratio":>7}', sep='')
+    print(' · '.join(f'{k} {v}' for k, v in head.items()), f'\n\n{"benchmark":<14} {"what":<34} {"median s":>9} {"ratio":>7}', sep='')
     rows = []
     for name in a.names or BENCHMARKS:
         try: work = BENCHMARKS[name]()
-        except (Skip, ImportError) as e: print(f'{name:<10} skipped: {e}'); continue
-        for k in [k for k, f in work.items() if f is None]: print(f'{name:<10} {k:<34} skipped: not installed'); del work[k]
+        except (Skip, ImportError) as e: print(f'{name:<14} skipped: {e}'); continue
+        for k in [k for k, f in work.items() if f is None]: print(f'{name:<14} {k:<34} skipped: not installed'); del work[k]
         times = measure(work, a.turns)
         first = next(iter(times.values()))
         for k, t in times.items():
             rows.append(dict(benchmark=name, what=k, seconds=t, ratio=t/first))
-            print(f'{name:<10} {k:<34} {t:>9.3f} {t/first:>7.3f}', flush=True)
+            print(f'{name:<14} {k:<34} {t:>9.3f} {t/first:>7.3f}', flush=True)
     if a.json: Path(a.json).write_text(json.dumps({**head, 'rows': rows}, indent=1))
 
 
