@@ -197,11 +197,12 @@ class BatchTransformXCallback(Callback):
     def __init__(self, tfm): self.tfm = tfm
     def begin_batch(self, run): run.xb = self.tfm(run.xb)
 
-# %% ../nbs/04_callbacks.ipynb #f90d253f
+# %% ../nbs/04_callbacks.ipynb #5c1e2f77
 def get_hypers(opt):
     "One dictionary of hyper-parameters a parameter group: `opt.hypers` where the optimizer has them (notebook 09), else torch's `opt.param_groups`."
     return getattr(opt, 'hypers', None) or opt.param_groups
 
+# %% ../nbs/04_callbacks.ipynb #f90d253f
 def _new_axes():
     import matplotlib.pyplot as plt                             # here, so that importing exp does not wait for it
     return plt.subplots(figsize=(5, 2.6), dpi=70)[1]
