@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from event_log import Log
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,19 +48,6 @@ def learner(*cbs, data=None, opt_func=torch.optim.SGD, norm=False, **kw):
 
 
 def weights(learn): return torch.cat([t.detach().flatten().double() for t in learn.model.state_dict().values()])
-
-
-class Log:
-    "Keeps every event as it comes, and raises `error` at the `nth` time that `at` comes."
-    def __init__(self, at=None, error=None, nth=1): self.seen, self.at, self.error, self.nth = [], at, error, nth
-
-
-def _event(self, run, name=None):
-    self.seen.append(name)
-    if name == self.at and self.seen.count(name) == self.nth: raise self.error()
-
-
-for e in EVENTS: setattr(Log, e, lambda self, run, e=e: _event(self, run, e))
 
 
 # the loop

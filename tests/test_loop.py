@@ -6,13 +6,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from event_log import Log
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
 from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
-from exp.callbacks import (EVENTS, AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
+from exp.callbacks import (AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
                            CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls, get_hypers)
 from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, get_runner, init_cnn
 
@@ -27,19 +28,6 @@ def runner(*cbs, data=None, lr=.1):
     torch.manual_seed(0)
     model = nn.Linear(10, 3)
     return Runner(model, data or small_data(), F.cross_entropy, torch.optim.SGD(model.parameters(), lr=lr), cbs)
-
-
-class Log:
-    "Keeps every event as it comes, and raises `error` at the `nth` time that `at` comes."
-    def __init__(self, at=None, error=None, nth=1): self.seen, self.at, self.error, self.nth = [], at, error, nth
-
-
-def _event(self, run, name=None):
-    self.seen.append(name)
-    if name == self.at and self.seen.count(name) == self.nth: raise self.error()
-
-
-for e in EVENTS: setattr(Log, e, lambda self, run, e=e: _event(self, run, e))
 
 
 @pytest.mark.parametrize('error, after, cut', [(CancelBatchException, 'after_cancel_batch', 'after_batch'),
