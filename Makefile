@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 SHELL  := /bin/bash
 ARGS   ?=
+JOBS   ?= auto
 
 .PHONY: run test lab export readme bench clean lint
 .DELETE_ON_ERROR:
@@ -29,9 +30,9 @@ $(VENV)/stamp-bench: $(VENV)/stamp-dev
 run: $(VENV)/stamp-run       ## train on Imagenette (the sample where there is no network), print the table
 	@$(BIN)/exp-train $(ARGS)
 
-test: $(VENV)/stamp-dev      ## every test, every notebook among them
+test: $(VENV)/stamp-dev      ## every test, every notebook among them, one process a core (make test JOBS=0: in this one)
 	@echo "== tests (notebooks included)"
-	@$(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lab: $(VENV)/stamp-dev       ## open the course in JupyterLab
 	@echo "== JupyterLab on nbs/"

@@ -97,7 +97,7 @@ class Runner:
                 self.opt.zero_grad()
                 self.n_iter += 1
             self('after_batch')
-        except CancelBatchException: self('after_cancel_batch')
+        except CancelBatchException: self.opt.zero_grad(); self('after_cancel_batch')
 
 # %% ../nbs/04_callbacks.ipynb #53ef96cd
 @patch
@@ -109,7 +109,7 @@ def all_batches(self: Runner, dl, train):
         with torch.set_grad_enabled(train):
             if not train: self('begin_validate')
             for i, (xb, yb) in enumerate(dl): self.one_batch(i, xb, yb)
-    except CancelEpochException: self('after_cancel_epoch')
+    except CancelEpochException: self.opt.zero_grad(); self('after_cancel_epoch')
 
 @patch
 def fit(self: Runner, epochs):

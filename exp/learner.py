@@ -309,17 +309,17 @@ def lr_find(self: Learner, min_lr=1e-6, max_lr=10., max_iter=100):
 
 # %% ../nbs/09b_learner.ipynb #4c0673d3
 @patch
-def fit_one_cycle(self: Learner, epochs, lr=None, pct_start=.25, div=25., final_div=1e5, moms=(.95, .85, .95), cbs=None, reset_opt=False):
+def fit_one_cycle(self: Learner, epochs, lr=None, pct_start=.25, div=25., final_div=1e5, moms=(.95, .85, .95), cbs=None, reset_opt=False, start=(0, 0)):
     """`fit` with one cycle: the rate from `lr/div` up to `lr` in the first `pct_start` of the time, down to `lr/final_div` in the rest.
 
-    `lr`: as in `Learner` (default: the learner's). Momentum goes the other way, where the optimizer has one. Source: Smith 2018 (arXiv 1803.09820)."""
+    `lr`: as in `Learner` (default: the learner's). `start`: as in `fit`; the cycle goes on from there. Momentum goes the other way, where the optimizer has one. Source: Smith 2018 (arXiv 1803.09820)."""
     if self.opt is None or reset_opt: self.opt = self.make_opt()
     groups, pcts = get_hypers(self.opt), [pct_start, 1 - pct_start]
     def cycle(a, b, c): return combine_scheds(pcts, cos_1cycle_anneal(a, b, c))
     scheds = [ParamScheduler('lr', [cycle(l/div, l, l/final_div) for l in spread_lrs(self.lr if lr is None else lr, len(groups))])]
     mom = next((k for k in ('mom', 'momentum') if groups[0].get(k)), None)
     if moms and mom: scheds.append(ParamScheduler(mom, cycle(*moms)))
-    return self.fit(epochs, [*scheds, *listify(cbs)])
+    return self.fit(epochs, [*scheds, *listify(cbs)], start=start)
 
 # %% ../nbs/09b_learner.ipynb #9b0ea08d
 def sum_over_processes(*ts):

@@ -64,9 +64,9 @@ class Optimizer:
     `params`: tensors or `(name, tensor)` pairs, a list of lists of them, or dictionaries `{'params': …, 'wd': 0.}`.
     Raises `ValueError` for a hyper-parameter that nobody asks for, or one that is asked for and missing."""
     stats = ()
-    big = 1 << 16                                 # numbers in a tensor from which compiling pays
+    big = 1 << 12                                 # numbers in a tensor from which compiling pays
     def __init__(self, params, steppers, fast=True, **hypers):
-        self.fast, self.unbatched, self.rehearsed, self.compiled = fast, [], set(), {}       # see: how the same lines got fast
+        self.fast, self.unbatched, self.rehearsed, self.compiled, self.flats = fast, [], set(), {}, {}       # see: how the same lines got fast
         self.steppers = sorted(listify(steppers), key=lambda f: not _attr(f, '_before_stats', False))
         fill, groups, self.state = {}, _split_groups(params), {}
         for o in [*self.stats, *self.steppers]: fill = {**_attr(o, '_defaults', {}), **fill}      # the first to name one wins
@@ -466,16 +466,21 @@ def update_batch(self: Optimizer, ps, states, hypers):
 def _flat(t):
     "All numbers of a dense tensor in the order they lie in memory: a view, never a copy. `None` for a tensor with gaps."
     n, step = t.numel(), 1
+    if t.is_contiguous(): return t.detach().view(n)
     for stride, size in sorted(zip(t.stride(), t.shape)):
         if size > 1 and stride != step: return None
         step *= size
-    return t.new_empty(0).set_(t.untyped_storage(), t.storage_offset(), (n,), (1,))       # as_strided would carry its base along
+    return t.detach().as_strided((n,), (1,))
 
-def _flat_set(p, state):
-    "`[p, grad, *tensors of the state]` as flat views in one memory order; `None` where the orders differ."
-    ts = [p, p.grad, *(v for v in state.values() if torch.is_tensor(v))]
-    same = all(t.shape == p.shape and t.stride() == p.stride() and t.dtype == p.dtype for t in ts)
-    return [_flat(t) for t in ts] if same and _flat(p) is not None else None
+def _flat_set(p, state, old=None):
+    """`[p, grad, *tensors of the state]` as flat views in one memory order; `None` where the orders differ.
+
+    `old`: what this gave at the last step, with the tensors it was made of. Only the gradient is a new tensor each time."""
+    ts, like = [p, *(v for v in state.values() if torch.is_tensor(v))], lambda t: t.stride() == p.stride() and t.dtype == p.dtype and t.shape == p.shape
+    if old and len(ts) == len(old[0]) and all(a is b for a, b in zip(ts, old[0])) and old[1][0].data_ptr() == p.data_ptr(): flats = old[1]
+    else: flats = [_flat(t) if like(t) else None for t in ts]
+    if any(f is None for f in flats) or not like(p.grad): return None
+    return ts, flats, [flats[0], _flat(p.grad), *flats[1:]]
 
 # %% ../nbs/09_optimizers.ipynb #d375219d
 class _Taped:
@@ -535,23 +540,25 @@ def _play(chain, tape, p, g, tensors, numbers, hypers):
     return {k: v for k, v in state.items() if not isinstance(v, _Taped)}
 
 def _compile(chain, like, keys, numbers, hypers):
-    "The chain as one compiled function of `(vector of numbers, p, grad, *tensors of the state)`, all flat and of any length."
+    "The chain as one compiled function of `(vector of numbers, p, grad, *tensors of the state)`, all flat, like `like`, and of any length."
+    from torch._inductor import compile                      # by itself: `torch.compile` would look at each argument anew at each call
     from torch.fx.experimental.proxy_tensor import make_fx
     def whole(vec, p, g, *tensors):
         _play(chain, _Tape(vec.unbind()), p, g, dict(zip(keys, tensors)), numbers, hypers)
         return ()
     _play(chain, tape := _Tape(), *(torch.ones(2, dtype=like.dtype) for _ in range(2)), {k: torch.ones(2, dtype=like.dtype) for k in keys}, numbers, hypers)
     vec = like.new_ones(len(tape.nums))
-    graph = make_fx(whole, tracing_mode='symbolic')(vec, *(torch.ones_like(like) for _ in range(2 + len(keys))))
-    return torch.compile(graph.forward, dynamic=True)
+    graph = make_fx(whole, tracing_mode='symbolic')(vec, *(like.new_ones(1009) for _ in range(2 + len(keys))))
+    return compile(graph, [n.meta['val'] for n in graph.graph.nodes if n.op == 'placeholder'])
 
 # %% ../nbs/09_optimizers.ipynb #08857343
 @patch
 def update_compiled(self: Optimizer, ps, states, hypers):
     "Update the large ones of `ps`, each in one compiled pass over memory; returns the others."
-    flats = [_flat_set(p, s) if p.numel() >= self.big else None for p, s in zip(ps, states)]
+    if self.compiled is None: return ps, states
+    flats = [_flat_set(p, s, self.flats.get(p)) if p.numel() >= self.big else None for p, s in zip(ps, states)]
     large = [i for i, f in enumerate(flats) if f]
-    if not large or self.compiled is None: return ps, states
+    if not large: return ps, states
     numbers, keys, tape, chain = _numbers(states[0]), [k for k, v in states[0].items() if torch.is_tensor(v)], _Tape(), self.chain()
     try:
         tiny = [torch.ones(2, dtype=ps[0].dtype) for _ in range(2 + len(keys))]
@@ -567,7 +574,7 @@ def update_compiled(self: Optimizer, ps, states, hypers):
         warnings.warn(f'no compiled step for {", ".join(_name_of(o) for o in chain)}; large tensors go the way of the small ones ({why})', stacklevel=2)
         return ps, states
     f = self.compiled[kind]
-    for i in large: f(vec, *flats[i]); states[i].update(after)
+    for i in large: self.flats[ps[i]] = flats[i]; f(vec, *flats[i][2]); states[i].update(after)
     rest = [i for i, fl in enumerate(flats) if not fl]
     return [ps[i] for i in rest], [states[i] for i in rest]
 
@@ -579,7 +586,7 @@ def try_compile(self: Optimizer, p, state, keys, numbers, hypers, vec, after):
     (a, sa), (b, sb) = (_copies([p], [state]) for _ in range(2))
     for o in chain: _call_each(o, a, sa, hypers)
     f = _compile(chain, _flat(p), keys, numbers, hypers)
-    f(vec, *_flat_set(b[0], sb[0]))
+    f(vec, *_flat_set(b[0], sb[0])[2])
     sb[0].update(after)
     if not _same((a, sa), (b, sb), _tolerance(p)): raise NotBatched('on a flat tensor it gives another result')
     return f

@@ -200,6 +200,15 @@ def test_a_fit_broken_off_goes_on_from_its_batch():
     assert weights(whole).equal(weights(parts))
 
 
+def test_one_cycle_goes_on_from_where_it_was():
+    dl = [(X[i:i+10], Y[i:i+10]) for i in range(0, 100, 10)]
+    whole, parts = (learner(data=DataBunch(dl, dl[:2]), opt_func=sgd_mom_opt) for _ in range(2))
+    whole.fit_one_cycle(3, .1)
+    with pytest.raises(ZeroDivisionError): parts.fit_one_cycle(3, .1, cbs=Log('begin_batch', ZeroDivisionError, nth=12 + 5))
+    parts.fit_one_cycle(3, .1, start=(1, 4))
+    assert weights(whole).equal(weights(parts))
+
+
 def test_epochs_must_make_sense():
     with pytest.raises(ValueError, match='0 or more'): learner().fit(-1)
     assert learner().fit(0).n_iter == 0

@@ -44,6 +44,19 @@ def test_cancelling_ends_what_it_says_and_no_more(error, after, cut):
     if error is CancelFitException: assert seen[i+1] == 'after_fit' and len(rec.losses) == 1 and 'after_epoch' not in seen
 
 
+@pytest.mark.parametrize('error', [CancelBatchException, CancelEpochException])
+def test_a_gradient_that_was_cancelled_is_in_no_later_step(error):
+    steps = []
+    class Grads:
+        def after_backward(self, run):
+            if run.n_iter == 1 and not steps.count('cancelled'): steps.append('cancelled'); raise error
+            want = torch.autograd.grad(F.cross_entropy(run.model(run.xb), run.yb), list(run.model.parameters()))
+            assert all(torch.allclose(p.grad, g) for p, g in zip(run.model.parameters(), want))
+            steps.append('whole')
+    runner(Grads()).fit(2)
+    assert steps[:2] == ['whole', 'cancelled'] and steps.count('whole') == (7 if error is CancelBatchException else 5)
+
+
 def test_an_error_in_a_callback_still_ends_the_fit_cleanly():
     log = Log('after_backward', ZeroDivisionError)
     run = runner(log)

@@ -297,6 +297,35 @@ def test_compiled_equals_plain(name):
     assert [plain.state[p]['step'] for p in a] == [fast.state[p]['step'] for p in b]
 
 
+@pytest.mark.parametrize('event', ['p.data replaced', 'memory format', 'load_state_dict', 'state tensor replaced', 'deepcopy', 'gradient of another format'])
+def test_compiled_steps_follow_when_tensors_are_replaced(event):
+    "The flat views are kept from step to step; here what they were views of goes away in the middle of a walk."
+    pytest.importorskip('torch._inductor')
+    def walk(fast):
+        g, cl = torch.Generator().manual_seed(0), torch.channels_last
+        ps = [nn.Parameter(torch.randn(s, generator=g, dtype=f64)) for s in ((64, 32, 3, 3), (50, 60))]
+        opt = adam_opt()(ps, lr=.01, wd=.1, fast=fast)
+        opt.big = 100
+        for i in range(9):
+            for p in ps: p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=g, dtype=f64))
+            if i == 5:
+                if event == 'p.data replaced': ps[0].data = ps[0].data.clone()
+                if event == 'memory format': ps[0].data = ps[0].data.contiguous(memory_format=cl)
+                if event == 'load_state_dict': opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+                if event == 'state tensor replaced': opt.state[ps[0]]['grad_avg'] = opt.state[ps[0]]['grad_avg']*2
+                if event == 'gradient of another format': ps[0].grad = ps[0].grad.contiguous(memory_format=cl)
+                if event == 'deepcopy':
+                    grads = [p.grad for p in ps]
+                    opt = copy.deepcopy(opt)
+                    ps = opt.param_groups[0]
+                    for p, d in zip(ps, grads): p.grad = d.clone()
+            opt.step()
+        return torch.cat([p.detach().flatten() for p in ps]), opt
+    (a, _), (b, fast) = walk(False), walk('compile')
+    if fast.compiled is None: pytest.skip('no compiler here')
+    assert torch.allclose(a, b, rtol=0, atol=1e-9)
+
+
 def rowwise(p, lr, **kwargs): p.sub_(lr*p.grad/p.grad.norm(dim=0, keepdim=True))
 
 def test_what_means_something_else_when_flat_is_not_compiled():
