@@ -182,7 +182,7 @@ def one_pass(self: Learner, dl, train, skip=0):
 def make_opt(self: Learner):
     "A new optimizer: `opt_func` on the groups of `splitter`, each with its learning rate."
     groups = [g if isinstance(g, dict) else {'params': list(g)} for g in self.splitter(self.model)]
-    lrs, split = spread_lrs(self.lr, len(groups)), {id(p) for g in groups for p in g['params']}
+    lrs, split = spread_lrs(self.lr, len(groups)), {id(p[1] if isinstance(p, tuple) else p) for g in groups for p in g['params']}     # (name, tensor) too
     if lost := [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in split]:
         raise ValueError(f'the splitter leaves out {len(lost)} parameters ({", ".join(lost[:3])}): put them in a group, or freeze them')
     if len(groups) == 1 and len(groups[0]) == 1: return self.opt_func(groups[0]['params'], lr=lrs[0])

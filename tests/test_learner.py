@@ -29,7 +29,7 @@ from exp.data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, g
                             to_byte_tensor)
 from exp.learner import (CancelStepException, CSVLogger, EarlyStopping, GradientAccumulation, GradientClip, Learner, SaveBest, SumStats,
                          TensorBoardCallback, get_learner, in_order, set_seed, split_batch, spread_lrs)
-from exp.optimizers import adam_opt, sgd_mom_opt, sgd_opt
+from exp.optimizers import adam_opt, sgd_mom_opt, sgd_opt, norm_bias_groups
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(140, 10, generator=G), torch.randint(0, 3, (140,), generator=G)
@@ -215,6 +215,16 @@ def test_epochs_must_make_sense():
 
 
 # groups
+
+def test_a_splitter_may_give_names_and_hypers():
+    "As `norm_bias_groups` does: decay reaches the weights and nothing else."
+    learn = learner(lr=.1, opt_func=partial(sgd_mom_opt, wd=.5), splitter=norm_bias_groups)
+    opt = learn.make_opt()
+    assert [h['wd'] for h in opt.hypers] == [.5, 0.] and {h['lr'] for h in opt.hypers} == {.1}
+    assert {opt.names[p] for p in opt.param_groups[1]} == {n for n, p in learn.model.named_parameters() if p.ndim < 2}
+    assert learn.fit(1).n_iter > 0
+    with pytest.raises(ValueError, match='leaves out'): learner(splitter=lambda m: norm_bias_groups(m)[:1]).fit(1)
+
 
 def test_rates_by_group_reach_the_right_parameters():
     learn = learner(lr=slice(.001, .1), splitter=lambda m: [[*m[0].parameters()], [*m[2].parameters()]])

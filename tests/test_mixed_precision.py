@@ -1,0 +1,429 @@
+"""Mixed precision beside torch's own recipe, to the bit; under overflow, accumulation, clipping, faults and restarts; ChannelsLast and Compile leave nothing."""
+import copy
+import math
+import subprocess
+import sys
+import textwrap
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from event_log import Log
+from torch import nn
+
+import exp.mixed_precision as mp_module
+from exp.annealing import ParamScheduler
+from exp.callbacks import EVENTS, AvgStatsCallback, Callback, CancelBatchException, CancelFitException, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls
+from exp.checkpoints import Checkpoint, load_learner
+from exp.learner import GradientAccumulation, GradientClip, Learner, SaveBest, set_seed
+from exp.mixed_precision import ChannelsLast, Compile, MixedPrecision, cpu_bf16, native_dtype, no_autocast_because, no_compile_because
+from exp.mixup import Distillation, Mixup
+from exp.optimizers import TorchOptimizer, adam_opt, lamb, sgd_mom_opt, sgd_opt
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(140, 3, 8, 8, generator=G), torch.randint(0, 4, (140,), generator=G)
+CPU = torch.device('cpu')
+
+
+def toy(bs=32, n=96): return DataBunch(*get_dls(Dataset(X[:n], Y[:n]), Dataset(X[100:], Y[100:]), bs, seed=0), 3, 4)
+
+
+def net(norm=True, drop=0.):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *([nn.BatchNorm2d(8)] if norm else []), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.Dropout(drop),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+
+def learner(*cbs, data=None, opt_func=sgd_mom_opt, model=None, lr=.1, **kw):
+    learn = Learner(model or net(), data or toy(), F.cross_entropy, opt_func, lr=lr, cbs=list(cbs), **kw)
+    learn.logger = lambda *args: None
+    return learn
+
+
+def weights(m): return torch.cat([t.detach().flatten().double() for t in m.state_dict().values()])
+
+
+def recipe(opt_func, scaler, dtype=torch.float16, epochs=2, clip=None, each=None, lr=.1):
+    "The loop of torch's manual; `each(opt)` before every batch."
+    model, data, taken, losses = net(), toy(), [], []
+    opt = opt_func(list(model.parameters()), lr=lr)
+    for _ in range(epochs):
+        model.train()
+        for xb, yb in data.train_dl:
+            with torch.autocast('cpu', dtype): pred = model(xb)
+            loss = F.cross_entropy(pred.float(), yb)
+            losses.append(loss.item())
+            scaler.scale(loss).backward()
+            scaler.unscale_(opt)
+            if clip: nn.utils.clip_grad_norm_(model.parameters(), clip)
+            before = scaler.get_scale()
+            scaler.step(opt)
+            scaler.update()
+            taken.append(scaler.get_scale() >= before)
+            opt.zero_grad()
+        for _ in data.valid_dl: pass                                     # its loader draws too
+    return model, taken, losses
+
+
+# what the machine can do
+
+@pytest.mark.parametrize('text, want', [('flags\t: fpu amx_bf16 amx_tile avx512_bf16', 'AMX'), ('flags : fpu avx512_bf16', 'AVX-512 BF16'), ('Features : fp asimd bf16', 'Arm BF16'),
+                                        ('flags : fpu avx2 avx512f', None), ('', None), ('\udcff\x00 nothing', None)])
+def test_flags_of_the_cpu(text, want, tmp_path):
+    (tmp_path/'cpuinfo').write_bytes(text.encode('utf-8', 'surrogateescape'))
+    if text: assert cpu_bf16(tmp_path/'cpuinfo') == want
+    else: assert cpu_bf16(tmp_path/'cpuinfo') in (None, 'AMX', 'AVX-512 BF16')
+
+
+def test_asking_never_fails(tmp_path, monkeypatch):
+    def boom(): raise RuntimeError
+    for name in mp_module._TESTS:
+        if hasattr(torch.cpu, name): monkeypatch.setattr(torch.cpu, name, boom)
+    assert cpu_bf16(tmp_path) is None and cpu_bf16(tmp_path/'none') is None                # a folder; nothing
+    assert native_dtype('meta')[0] is None and native_dtype('cpu')[0] in (None, torch.bfloat16)
+
+
+def test_works_is_found_by_trying():
+    state = torch.get_rng_state()
+    assert no_autocast_because('cpu', torch.bfloat16) is None and 'float32' in no_autocast_because('cpu', torch.float64)
+    assert torch.get_rng_state().equal(state)
+    assert no_autocast_because('meta', torch.bfloat16)
+
+
+def test_without_native_bf16_it_says_so_once_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr(mp_module, 'cpu_bf16', lambda: None)
+    said, cb = [], MixedPrecision()
+    learn = learner(cb)
+    learn.logger = lambda *args: said.append(args[0])
+    learn.fit(1); learn.fit(1)
+    assert len(said) == 1 and 'float32' in said[0] and 'AMX' in said[0] and cb.dtype is None
+    plain = learner().fit(1).fit(1)
+    assert weights(learn.model).equal(weights(plain.model))
+    monkeypatch.setattr(mp_module, 'cpu_bf16', lambda: 'AMX')
+    cb = MixedPrecision()
+    learner().fit(1, cb)
+    assert cb.dtype is torch.bfloat16 and cb.scaler is None
+
+
+def test_what_it_refuses():
+    with pytest.raises(ValueError, match='float64'): MixedPrecision(torch.float64)
+    with pytest.raises(ValueError, match=r'0\.weight are in 16 bits.*model.float'): learner(model=net().half()).fit(1, MixedPrecision('bf16'))
+
+
+def test_a_forced_type_that_cannot_be_had_is_an_error_and_an_unforced_one_a_sentence(monkeypatch):
+    monkeypatch.setattr(mp_module, 'no_autocast_because', lambda device, dtype: 'not in this torch')
+    with pytest.raises(ValueError, match='bfloat16 on cpu: not in this torch'): learner().fit(1, MixedPrecision('bf16'))
+    monkeypatch.setattr(mp_module, 'cpu_bf16', lambda: 'AMX')
+    said, learn = [], learner()
+    learn.logger = lambda *args: said.append(args[0])
+    learn.fit(1, MixedPrecision())
+    assert 'not in this torch' in said[0]
+
+
+# against torch's recipe
+
+OPTS = {'torch SGD': partial(torch.optim.SGD, momentum=.9), 'torch AdamW': torch.optim.AdamW, 'ours in an adapter': lambda ps, lr: TorchOptimizer(adam_opt()(list(ps), lr=lr)),
+        'ours': adam_opt(), 'ours, LAMB': lamb}
+REF = {'ours': lambda ps, lr: TorchOptimizer(adam_opt()(list(ps), lr=lr)), 'ours, LAMB': lambda ps, lr: TorchOptimizer(lamb(list(ps), lr=lr))}
+
+
+@pytest.mark.parametrize('scale', [2.**10, 2.**20])
+@pytest.mark.parametrize('opt', OPTS)
+def test_fp16_equals_the_recipe_to_the_bit(opt, scale):
+    "Overflow included: at a scale of 2²⁰ the first steps are thrown away by both."
+    rec, mp = Recorder(), MixedPrecision(torch.float16, init_scale=scale, growth_interval=3)
+    learn = learner(opt_func=OPTS[opt], lr=.01)
+    learn.fit(2, [mp, rec])
+    model, taken, losses = recipe(REF.get(opt, OPTS[opt]), scaler := torch.amp.GradScaler('cpu', init_scale=scale, growth_interval=3), lr=.01)
+    assert weights(learn.model).equal(weights(model)) and mp.scaler.state_dict() == scaler.state_dict()
+    assert mp.skipped == taken.count(False) and (mp.skipped > 0) == (scale > 2**18) and mp.skipped < len(taken)
+    assert rec.losses == losses                                          # the true ones, not scaled
+
+
+@pytest.mark.parametrize('kind', ['Learner', 'Runner'])
+def test_bf16_equals_the_recipe_to_the_bit(kind):
+    sgd = partial(torch.optim.SGD, momentum=.9)
+    if kind == 'Learner': model = learner(opt_func=sgd).fit(2, MixedPrecision('bf16')).model
+    else: model = Runner(m := net(), toy(), F.cross_entropy, sgd(m.parameters(), lr=.1), [MixedPrecision('bf16')]).fit(2).model
+    assert weights(model).equal(weights(recipe(sgd, torch.amp.GradScaler('cpu', enabled=False), torch.bfloat16)[0]))
+
+
+def test_the_old_runner_skips_too():
+    sgd = partial(torch.optim.SGD, momentum=.9)
+    run = Runner(m := net(), toy(), F.cross_entropy, sgd(m.parameters(), lr=.1), [mp := MixedPrecision('fp16', init_scale=2.**21)]).fit(2)
+    model, taken, _ = recipe(sgd, torch.amp.GradScaler('cpu', init_scale=2.**21))
+    assert weights(run.model).equal(weights(model)) and len(taken) > mp.skipped == taken.count(False) > 0
+
+
+def test_clips_gradients_of_true_size():
+    sgd = partial(torch.optim.SGD, momentum=.9)
+    norms = []
+    class Norm(Callback):
+        _order = 16
+        def after_backward(self, run): norms.append(torch.cat([p.grad.flatten() for p in run.model.parameters()]).norm().item())
+    learn = learner(opt_func=sgd).fit(2, [GradientClip(.05), MixedPrecision('fp16'), Norm()])
+    assert max(norms) < .0501 and weights(learn.model).equal(weights(recipe(sgd, torch.amp.GradScaler('cpu'), clip=.05)[0]))
+
+
+def test_weights_and_loss_stay_float32_and_the_model_is_in_16_bits():
+    seen = []
+    class Look(Callback):
+        _order = 7
+        def after_pred(self, run): seen.append(run.pred.dtype)
+        def after_loss(self, run): assert run.pred.dtype is run.loss.dtype is torch.float32 and not torch.is_autocast_enabled('cpu')
+    learn = learner(opt_func=sgd_mom_opt).fit(1, [MixedPrecision('bf16'), Look()])
+    assert set(seen) == {torch.bfloat16} and {p.dtype for p in learn.model.parameters()} == {torch.float32}
+    assert {v.dtype for s in learn.opt.state.values() for v in s.values() if torch.is_tensor(v)} == {torch.float32}
+    assert learn.get_preds()[0].dtype is torch.float32
+
+
+# accumulation and the logged loss
+
+@pytest.mark.parametrize('dtype', ['fp16', 'bf16'])
+def test_accumulation_adds_up_and_logs_the_true_loss(dtype):
+    def fit(bs, *cbs):
+        learn = learner(data=toy(bs), model=net(norm=False), opt_func=sgd_opt)
+        return learn.fit(2, [MixedPrecision(dtype, init_scale=2.**8), rec := Recorder(), stats := AvgStatsCallback(accuracy, silent=True), *cbs]), rec.losses, stats.rows
+    (a, big, ra), (b, small, rb) = fit(32), fit(8, GradientAccumulation(4))
+    start = weights(net(norm=False))
+    assert (weights(a.model) - weights(b.model)).norm() < .02*(weights(a.model) - start).norm()
+    assert len(small) == 24 and all(math.isclose(sum(small[4*i:4*i + 4])/4, big[i], rel_tol=5e-3) for i in range(6))
+    for p, q in zip(ra, rb): assert all(math.isclose(p[k], q[k], rel_tol=5e-3) for k in ('train_loss', 'valid_loss'))
+
+
+def test_an_overflow_in_accumulation_throws_the_whole_step_away():
+    steps = []
+    class Steps(Callback):
+        _order = 30
+        def after_step(self, run): steps.append(run.n_iter)
+    mp = MixedPrecision('fp16', init_scale=2.**21)
+    learn = learner(data=toy(8), model=net(norm=False), opt_func=sgd_opt)
+    learn.fit(2, [mp, GradientAccumulation(3), ParamScheduler('lr', lambda pos: .1 - .05*pos), rec := Recorder(), Steps()])
+    assert 0 < mp.skipped < 8 and mp.skipped + len(steps) == 8 and steps == [i for i in (2, 5, 8, 11, 14, 17, 20, 23)][mp.skipped:]
+    assert mp.waited == 3*mp.skipped                                     # each took three batches along
+    want = [.1 - .05*(i - 3*min(i//3, mp.skipped))/24 for i in range(24)]
+    assert all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(rec.hypers['lr'], want)) and weights(learn.model).isfinite().all()
+
+
+def test_schedules_wait():
+    "The rates of the steps that were taken are the schedule's, from its beginning and without a gap."
+    taken = []
+    class Rate(Callback):
+        _order = 30
+        def after_step(self, run): taken.append(run.opt.hypers[0]['lr'])
+    mp = MixedPrecision('fp16', init_scale=2.**21)
+    learn = learner()
+    learn.fit(6, [mp, ParamScheduler('lr', lambda pos: .1*(1 - pos)), Rate()])
+    assert 2 < mp.skipped < 12 and len(taken) == 18 - mp.skipped
+    assert all(math.isclose(r, .1*(1 - i/18)) for i, r in enumerate(taken))
+
+
+def test_torch_schedulers_in_after_step_wait_as_well():
+    class Sched(Callback):
+        def begin_fit(self, run): self.s = torch.optim.lr_scheduler.LinearLR(run.opt, .5, .1, 10)
+        def after_step(self, run): self.s.step()
+    mp, s = MixedPrecision('fp16', init_scale=2.**21), Sched()
+    learner(opt_func=torch.optim.SGD).fit(3, [mp, s])
+    assert s.s.last_epoch == 9 - mp.skipped and 2 < mp.skipped < 9
+
+
+def test_a_loss_that_is_nan_by_itself_ends_the_fit_with_a_sentence():
+    class NaN(Callback):
+        def after_loss(self, run): run.loss = run.loss*float('nan')
+    learn = learner()
+    with pytest.raises(FloatingPointError, match='25 steps in a row.*bfloat16'): learn.fit(20, [MixedPrecision('fp16'), NaN()])
+    assert all(p.equal(q) for p, q in zip(learn.model.parameters(), net().parameters()))                 # no step was taken
+
+
+# faults, restarts, other callbacks
+
+@pytest.mark.parametrize('event', EVENTS)
+@pytest.mark.parametrize('kind', ['Learner', 'Runner'])
+def test_nothing_stays_behind_whatever_happens(event, kind):
+    for error in (ZeroDivisionError, KeyboardInterrupt, CancelBatchException, CancelFitException):
+        if error in (CancelBatchException, CancelFitException) and event in ('begin_fit', 'after_fit', 'after_cancel_batch', 'after_cancel_epoch', 'after_cancel_fit'): continue
+        for order in (-20, 50):
+            log = Log(event, error, 2)
+            log._order = order
+            model = net()
+            strides = [p.stride() for p in model.parameters()]
+            cbs = [MixedPrecision('fp16'), ChannelsLast(), Compile(backend='eager'), log]
+            run = learner(model=model) if kind == 'Learner' else Runner(model, toy(), F.cross_entropy, torch.optim.SGD(model.parameters(), lr=.05), cbs)
+            run.logger = lambda *args: None
+            try: run.fit(2, cbs) if kind == 'Learner' else run.fit(2)
+            except (ZeroDivisionError, KeyboardInterrupt, CancelBatchException): pass
+            assert not torch.is_autocast_enabled('cpu')
+            assert run.model is model
+            assert [p.stride() for p in model.parameters()] == strides
+            assert list(model.state_dict()) == list(net().state_dict())
+
+
+def test_a_model_that_raises_leaves_no_autocast():
+    class Bad(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(2, 2)
+        def forward(self, x): assert torch.is_autocast_enabled('cpu'); raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): learner(model=Bad()).fit(1, MixedPrecision('bf16'))
+    assert not torch.is_autocast_enabled('cpu')
+
+
+@pytest.mark.parametrize('at', [2, 5, 7])
+@pytest.mark.parametrize('acc', [1, 2])
+def test_resumes_to_the_bit(at, acc, tmp_path):
+    class Kill:
+        _order = 2000
+        def after_batch(self, run):
+            if run.n_iter == at: raise KeyboardInterrupt
+    def run(*cbs, start=False):
+        ck, mp = Checkpoint(tmp_path, every=1), MixedPrecision('fp16', init_scale=2.**(25 - 4*acc), growth_interval=3)
+        learn = learner(model=net(drop=.2), opt_func=adam_opt(), lr=.01, data=toy(24))
+        set_seed(3)
+        begin = ck.start(learn) if start else (0, 0)
+        more = [GradientAccumulation(acc)] if acc > 1 else []
+        try: learn.fit(4, [mp, Mixup(), ChannelsLast(), ParamScheduler('lr', lambda pos: .01*(1 - pos)), *more, *([ck] if cbs or start else []), *cbs], start=begin)
+        except KeyboardInterrupt: pass
+        return learn, mp
+    whole, a = run()
+    run(Kill())
+    resumed, b = run(start=True)
+    assert weights(resumed.model).equal(weights(whole.model)) and a.scaler.state_dict() == b.scaler.state_dict()
+    assert (a.skipped, a.waited) == (b.skipped, b.waited) and 0 < a.skipped < 16/acc
+
+
+def test_looks_predictions_and_exports_are_in_float32(tmp_path):
+    learn = learner(MixedPrecision('fp16'), ChannelsLast(), Compile(backend='eager'), Mixup(), AvgStatsCallback(accuracy, silent=True))
+    learn.fit(1)
+    with torch.no_grad(): want = copy.deepcopy(learn.model).eval()(X[100:])
+    assert learn.get_preds()[0].equal(want)
+    assert math.isclose(learn.validate()['loss'], F.cross_entropy(want, Y[100:]).item(), rel_tol=1e-5)
+    learn.lr_find(max_iter=6)
+    learn.export(tmp_path/'e.pt')
+    assert load_learner(tmp_path/'e.pt').get_preds(toy().valid_dl)[0].equal(want)
+
+
+def test_a_teacher_runs_in_16_bits_too_and_saved_weights_have_plain_keys(tmp_path):
+    kinds = []
+    teacher = net()
+    teacher[-1].register_forward_hook(lambda m, i, o: kinds.append(o.dtype))
+    learn = learner(AvgStatsCallback(accuracy, silent=True))
+    learn.fit(2, [Distillation(teacher), MixedPrecision('bf16'), Compile(backend='eager'), SaveBest(path=tmp_path/'best.pt')])
+    assert set(kinds) == {torch.bfloat16}
+    assert list(torch.load(tmp_path/'best.pt', weights_only=True)) == list(net().state_dict())
+
+
+# channels last
+
+def test_channels_last_is_at_work_during_the_fit_and_gone_after_it():
+    seen = []
+    class Look(Callback):
+        _order = 30
+        def after_pred(self, run): seen.append((run.xb.is_contiguous(memory_format=torch.channels_last), run.model[0].weight.stride()))
+        def after_step(self, run): seen.append((True, run.opt.state[run.model[0].weight]['grad_avg'].stride()))
+    model = net()
+    odd = model[3].weight                                                # one that the reader has laid out in a way of his own
+    odd.data = odd.data.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
+    before = [p.stride() for p in model.parameters()]
+    learn = learner(model=model)
+    learn.fit(1, [ChannelsLast(), Look()])
+    assert {ok for ok, _ in seen} == {True} and {s for _, s in seen} == {(27, 1, 9, 3)}
+    assert [p.stride() for p in model.parameters()] == before
+    assert all(learn.opt.state[p]['grad_avg'].stride() == p.stride() for p in model.parameters())
+    other = learner()
+    other.fit(1)
+    assert torch.allclose(weights(model), weights(other.model), atol=1e-5)
+    learn.fit(1, ChannelsLast())                                         # again, with a state that is there
+    assert [p.stride() for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize('opt_func', [torch.optim.Adam, lamb], ids=['torch Adam', 'LAMB'])
+def test_channels_last_leaves_other_batches_alone(opt_func):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(40, 5, generator=g), torch.randint(0, 3, (40,), generator=g)
+    data = DataBunch(*get_dls(Dataset(x, y), Dataset(x, y), 10, seed=0))
+    a, b = (Learner(nn.Linear(5, 3), data, F.cross_entropy, opt_func, lr=.1) for _ in range(2))
+    b.model.load_state_dict(a.model.state_dict())
+    a.data, b.data = (DataBunch(*get_dls(Dataset(x, y), Dataset(x, y), 10, seed=0)) for _ in range(2))
+    a.fit(1); b.fit(1, ChannelsLast())
+    assert a.model.weight.equal(b.model.weight)
+
+
+# compiling
+
+def test_only_training_batches_of_the_usual_shape_are_compiled():
+    compiled, plain = [], []
+    def backend(gm, inputs):
+        def run(*args): compiled.append(1); return gm.forward(*args)
+        return run
+    class Look(Callback):
+        _order = 900
+        def after_pred(self, run): plain.append(type(run.model).__name__)
+    learn = learner(data=toy(20), model=net(norm=False))                 # 96 = 4·20 + 16
+    model = learn.model
+    learn.fit(2, [c := Compile(backend=backend), Look()])
+    assert len(compiled) == 8 and set(plain) == {'Sequential'} and learn.model is model and c.why is None
+    other = learner(data=toy(20), model=net(norm=False)).fit(2)
+    assert torch.allclose(weights(model), weights(other.model), atol=1e-6)
+    learn.fit(1, c)
+    assert len(compiled) == 12
+
+
+def test_it_says_what_it_cost():
+    said, learn = [], learner(data=toy(8))
+    learn.logger = lambda *args: said.append(args[0])
+    learn.fit(1, Compile(compare=3, backend='aot_eager'))
+    assert len(said) == 1 and 'the first batch took' in said[0] and ('pays after' in said[0] or 'does not pay' in said[0])
+
+
+def test_without_a_compiler_it_says_so_and_trains(monkeypatch):
+    monkeypatch.setenv('PATH', '/nowhere'); monkeypatch.delenv('CXX', raising=False)
+    assert 'C++ compiler' in no_compile_because('cpu')
+    said, learn = [], learner()
+    learn.logger = lambda *args: said.append(args[0])
+    learn.fit(1, Compile())
+    assert len(said) == 1 and 'C++ compiler' in said[0] and 'uncompiled' in said[0]
+    assert weights(learn.model).equal(weights(learner().fit(1).model))
+
+
+def test_where_compiling_fails_training_goes_on():
+    def backend(gm, inputs): raise RuntimeError('no such thing')
+    said, learn = [], learner()
+    learn.logger = lambda *args: said.append(args[0])
+    learn.fit(1, Compile(backend=backend))
+    assert len(said) == 1 and 'no such thing' in said[0] and 'uncompiled' in said[0]
+    assert torch.allclose(weights(learn.model), weights(learner().fit(1).model))
+
+
+def test_faults_of_the_model_itself_come_through():
+    class Bad(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(2, 4)
+        def forward(self, x): raise ZeroDivisionError('mine')
+    with pytest.raises(ZeroDivisionError, match='mine'): learner(model=Bad()).fit(1, Compile(backend='eager'))
+
+
+def test_compiled_fits_resume_and_their_checkpoints_open_without_compiling(tmp_path):
+    class Kill:
+        _order = 2000
+        def after_batch(self, run):
+            if run.n_iter == 4: raise KeyboardInterrupt
+    def run(*cbs, start=False):
+        ck, learn = Checkpoint(tmp_path, every=1), learner()
+        begin = ck.start(learn) if start else (0, 0)
+        try: learn.fit(3, [Compile(backend='aot_eager'), *([ck] if cbs or start else []), *cbs], start=begin)
+        except KeyboardInterrupt: pass
+        return learn
+    whole = run()
+    run(Kill())
+    newest = max(tmp_path.glob('*.pt'))
+    learner().load(newest)                                               # an uncompiled model takes it as it is
+    assert torch.allclose(weights(run(start=True).model), weights(whole.model), atol=1e-6)
+
+
+def test_importing_is_cheap():
+    code = textwrap.dedent("""
+        import sys, exp.mixed_precision, exp.mixup
+        bad = [m for m in ('torch._dynamo', 'torch._inductor', 'matplotlib', 'torchvision', 'IPython') if m in sys.modules]
+        assert not bad, bad
+    """)
+    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
