@@ -64,7 +64,7 @@ class Optimizer:
     `params`: tensors or `(name, tensor)` pairs, a list of lists of them, or dictionaries `{'params': …, 'wd': 0.}`.
     Raises `ValueError` for a hyper-parameter that nobody asks for, or one that is asked for and missing."""
     stats = ()
-    big = 1 << 12                                 # numbers in a tensor from which compiling pays
+    big = 32                                      # numbers in a tensor from which compiling pays
     def __init__(self, params, steppers, fast=True, **hypers):
         self.fast, self.unbatched, self.rehearsed, self.compiled, self.flats = fast, [], set(), {}, {}       # see: how the same lines got fast
         self.steppers = sorted(listify(steppers), key=lambda f: not _attr(f, '_before_stats', False))
@@ -548,7 +548,7 @@ def _compile(chain, like, keys, numbers, hypers):
         return ()
     _play(chain, tape := _Tape(), *(torch.ones(2, dtype=like.dtype) for _ in range(2)), {k: torch.ones(2, dtype=like.dtype) for k in keys}, numbers, hypers)
     vec = like.new_ones(len(tape.nums))
-    graph = make_fx(whole, tracing_mode='symbolic')(vec, *(like.new_ones(1009) for _ in range(2 + len(keys))))
+    graph = make_fx(whole, tracing_mode='symbolic')(vec, *(like.new_ones(1_000_003) for _ in range(2 + len(keys))))     # long: made for several threads
     return compile(graph, [n.meta['val'] for n in graph.graph.nodes if n.op == 'placeholder'])
 
 # %% ../nbs/09_optimizers.ipynb #08857343
