@@ -37,3 +37,9 @@ def python(*args, env=None, **kw):
     "Run this Python on `args`, in the project's root, and return the finished process."
     import subprocess
     return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kw)
+
+
+def wants_sigint():
+    "For `preexec_fn`: a process started in the background of a shell ignores Ctrl-C, and so would its children."
+    import signal
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, small_env
+from conftest import ROOT, small_env, wants_sigint
 from PIL import Image
 from torch import nn
 
@@ -574,7 +574,7 @@ def test_several_labels_and_values(folder, tmp_path, capsys):
 def test_ctrl_c_and_a_reader_who_leaves(tmp_path, folder, model, data_home):
     from itertools import repeat
     many = list(repeat(str(folder/'val/zebra/0.png'), 4000))
-    def start(): return subprocess.Popen([sys.executable, '-m', 'exp.interpret', str(model), *many, '--bs', '1'], cwd=ROOT, env=small_env(data_home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(): return subprocess.Popen([sys.executable, '-m', 'exp.interpret', str(model), *many, '--bs', '1'], cwd=ROOT, env=small_env(data_home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=wants_sigint)
     p = start()
     p.stdout.readline(); p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=60)

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, small_env
+from conftest import ROOT, small_env, wants_sigint
 from PIL import Image
 
 from exp import train_imagenette as T
@@ -119,7 +119,7 @@ def test_a_broken_picture_of_a_large_set_is_one_line_too(tmp_path):
 
 def test_ctrl_c_tells_how_far_it_got(data_home):
     p = subprocess.Popen([sys.executable, '-m', 'exp.train_imagenette', '--data', 'sample', '--size', '32', '--epochs', '500'], cwd=ROOT,
-                         env=small_env(data_home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                         env=small_env(data_home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=wants_sigint)
     for _ in range(3): p.stdout.readline()                     # first line, heads, one epoch
     p.send_signal(signal.SIGINT)
     started = time.monotonic()
