@@ -8,7 +8,7 @@ __all__ = ['BILINEAR', 'CORNERS', 'CHUNK', 'GREY', 'RandomTransform', 'PilRandom
            'PilRandomRotate', 'homography', 'tilted', 'PilTiltRandomCrop', 'affine_mats', 'dihedral_mats',
            'move_points', 'move_boxes', 'sampling_mats', 'sample_grid', 'exact_turns', 'as_bytes', 'warp', 'recolor_',
            'turn_hue', 'recolor', 'PerSample', 'RandomFlip', 'RandomDihedral', 'RandomAffine', 'RandomPerspective',
-           'RandomColor', 'RandomErasing', 'Patches', 'Draw', 'Augment', 'BatchAugment']
+           'RandomColor', 'RandomErasing', 'Patches', 'Draw', 'Augment', 'BatchAugment', 'crop_batch', 'BatchCrop']
 
 # %% ../nbs/10_transforms.ipynb #649d69d4
 import math
@@ -496,3 +496,29 @@ class BatchAugment(Callback):
         self.generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item() if seed is None else seed)
     def begin_batch(self, run):
         if run.in_train: run.xb = self.augment(run.xb, self.generator)
+
+# %% ../nbs/10_transforms.ipynb #5e11ca02
+def crop_batch(xb, boxes, size):
+    """Of each picture of `xb` (N, C, H, W; bytes or floats) its box (left, top, right, bottom; whole pixels), antialiased: (N, C, size, size)."""
+    x = xb.float() if xb.dtype == torch.uint8 and xb.device.type != 'cpu' else xb              # other devices average floats only
+    out = torch.cat([F.interpolate(x[i:i+1, :, t:b, l:r], (size, size), mode='bilinear', antialias=True) for i, (l, t, r, b) in enumerate(boxes)])
+    return as_bytes(out) if xb.dtype == torch.uint8 != out.dtype else out
+
+# %% ../nbs/10_transforms.ipynb #5e11ca03
+class BatchCrop(Callback):
+    """Of each training picture in a batch (N, C, H, W; bytes or floats) a random box at `size` × `size`, antialiased, drawn as `RandomResizedCrop` draws.
+
+    `size`: pixels, or (first, last): it grows from epoch to epoch in steps of `step` pixels. Validation is left as it is. `seed`: as in `BatchAugment`."""
+    _order, _fit_only = .5, True
+    def __init__(self, size, scale=(.35, 1.), ratio=(3/4, 4/3), step=16, seed=None):
+        self.sizes, self.step = pair(size), step
+        if min(self.sizes) < 1 or step < 1: raise ValueError(f'size {size} and step {step} are pixels, at least 1')
+        self.crop = RandomResizedCrop(self.sizes[1], scale, ratio)
+        self.generator = self.crop.generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item() if seed is None else seed)
+    def size_in(self, epoch, n_epochs):
+        first, last = self.sizes
+        return last if epoch + 1 >= n_epochs else first + round((last - first)*epoch/(n_epochs - 1)/self.step)*self.step
+    def begin_batch(self, run):
+        if not run.in_train: return
+        h, w = run.xb.shape[2:]
+        run.xb = crop_batch(run.xb, [self.crop.get_corners(w, h) for _ in run.xb], self.size_in(run.epoch, run.n_epochs))

@@ -23,9 +23,9 @@ from exp.data_block import (CategoryProcessor, ImageList, ItemLoader, LabeledDat
                             make_rgb, parent_labeler, to_byte_tensor, to_float_tensor)
 from exp.learner import Learner
 from exp.optimizers import sgd_mom_opt
-from exp.transforms import (Augment, BatchAugment, CenterCrop, Draw, GeneralCrop, PilRandomDihedral, PilRandomFlip, PilRandomRotate, PilTiltRandomCrop, RandomAffine,
-                            RandomColor, RandomDihedral, RandomErasing, RandomFlip, RandomPerspective, RandomResizedCrop, Resize, affine_mats, crop_resize,
-                            dihedral, dihedral_mats, homography, move_boxes, move_points, np_to_float, recolor, show_tfm, warp)
+from exp.transforms import (Augment, BatchAugment, BatchCrop, CenterCrop, Draw, GeneralCrop, PilRandomDihedral, PilRandomFlip, PilRandomRotate, PilTiltRandomCrop, RandomAffine,
+                            RandomColor, RandomDihedral, RandomErasing, RandomFlip, RandomPerspective, RandomResizedCrop, Resize, affine_mats, crop_batch,
+                            crop_resize, dihedral, dihedral_mats, homography, move_boxes, move_points, np_to_float, recolor, show_tfm, warp)
 
 few = settings(max_examples=25, deadline=None)
 sizes, channels, bytes_or_floats = st.integers(9, 40), st.sampled_from([1, 3]), st.sampled_from([torch.uint8, torch.float32])
@@ -182,6 +182,29 @@ def test_random_resized_crop_is_torchvisions_resized_crop(w, h, seed):
     l, t, r, b = crop.get_corners(w, h)
     crop.generator = gen(seed)
     np.testing.assert_array_equal(np.asarray(crop(im)), np.asarray(TF.resized_crop(im, t, l, b - t, r - l, [17, 24])))
+
+
+@few
+@given(st.integers(20, 90), st.integers(20, 90), channels, bytes_or_floats, st.integers(9, 40), seeds)
+def test_crops_from_a_batch_are_torchvisions_resized_crops(h, w, c, dtype, size, seed):
+    "And their boxes those of `RandomResizedCrop` on pictures, for one generator."
+    x, crop, cb = smooth(3, c, h, w, seed, dtype), RandomResizedCrop(size, .35), BatchCrop(size, seed=seed)
+    crop.generator = gen(seed)
+    boxes = [crop.get_corners(w, h) for _ in x]
+    ref = torch.stack([TF.resized_crop(o, t, l, b - t, r - l, [size, size], antialias=True) for o, (l, t, r, b) in zip(x, boxes)])
+    run = SimpleNamespace(in_train=True, xb=x, epoch=0, n_epochs=1)
+    cb.begin_batch(run)
+    assert run.xb.dtype == dtype and run.xb.shape == (3, c, size, size) and gap(run.xb, ref).max() <= 1
+    float_way = crop_batch(x.float(), boxes, size)                                   # what a GPU computes for bytes
+    assert dtype != torch.uint8 or (float_way - run.xb).abs().max() <= 1
+
+
+def test_pictures_that_grow():
+    sizes = BatchCrop((64, 100)).size_in
+    assert [sizes(e, 4) for e in range(4)] == [64, 80, 96, 100] and sizes(0, 1) == 100       # the last is what was asked for
+    assert [BatchCrop((96, 32), step=32).size_in(e, 3) for e in range(3)] == [96, 64, 32] and BatchCrop(50).size_in(1, 9) == 50
+    with pytest.raises(ValueError, match='pixels'): BatchCrop((0, 64))
+    with pytest.raises(ValueError, match='share of the area'): BatchCrop(64, scale=2)
 
 
 def test_other_pictures_as_torchvision():
@@ -376,7 +399,7 @@ class StopAt(Callback):
         if run.in_train and run.n_iter == self.at: raise KeyboardInterrupt
 
 
-def fit_cbs(): return [BatchAugment(*BATCH, seed=7), BatchTransformXCallback(NormalizeBytes([.5]*3, [.3]*3))]
+def fit_cbs(): return [BatchAugment(*BATCH, seed=7), BatchTransformXCallback(NormalizeBytes([.5]*3, [.3]*3)), BatchCrop((8, 14), step=2, seed=4)]
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -396,7 +419,7 @@ def test_resumes_to_the_bit(workers, tmp_path):
         end(learn)
         new, ck = make_learner(folder, workers, 50 + at), Checkpoint(tmp_path/f'{at}')
         cbs = fit_cbs()
-        cbs[0].generator.manual_seed(12345)                                            # not the state it must go on from
+        for cb in (cbs[0], cbs[2]): cb.generator.manual_seed(12345)                    # not the state it must go on from
         new.fit(2, [*cbs, ck], start=ck.start(new))
         assert end(new).equal(want), at
     other = make_learner(folder, workers, 0)
@@ -413,7 +436,7 @@ class Look(Callback):
 def test_validation_gets_none_and_looking_leaves_no_trace(tmp_path):
     folder = pictures(tmp_path/'pictures')
     learn, aug, look = make_learner(folder, 0, 0), BatchAugment(*BATCH, seed=0), Look()
-    learn.add_cbs([aug, fit_cbs()[1], look])
+    learn.add_cbs([aug, *fit_cbs()[1:], look])
     plain = torch.cat([x for x, _ in learn.data.valid_dl])
     learn.fit(1)
     assert torch.cat(look.seen[False]).equal(plain) and not torch.cat(look.seen[True]).equal(plain[:1])
