@@ -171,7 +171,8 @@ class AvgStatsCallback(Callback):
         self.rows.append(dict(zip(self.heads, [run.epoch, *vals, time.perf_counter() - self.started])))
         if not self.silent: run.logger(self.line(self.rows[-1]))
     def line(self, row):
-        def show(k, v): return str(v) if k == 'epoch' else f'{v:.1f} s' if k == 'time' else f'{v:.4f}'
+        none = [t for t in ('train', 'valid') if self.names[1:] and all(row[f'{t}_{n}'] != row[f'{t}_{n}'] for n in self.names)]
+        def show(k, v): return str(v) if k == 'epoch' else f'{v:.1f} s' if k == 'time' else '–' if k[:5] in none else f'{v:.4f}'   # no such pass
         return '  '.join(f'{show(k, v):>{max(8, len(k))}}' for k, v in row.items())
 
 # %% ../nbs/04_callbacks.ipynb #c2934a7f

@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'VERSION', 'PARTS', 'CheckpointError', 'plain', 'write_atom
            'keeps', 'data_facts', 'Checkpoint', 'register', 'pack', 'unpack', 'load_learner']
 
 # %% ../nbs/09d_checkpoints.ipynb #67b81c37
-import copy, hashlib, itertools, os, pickle, random, re, secrets, time, warnings, zipfile
+import copy, hashlib, importlib, itertools, os, pickle, random, re, secrets, time, warnings, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -465,6 +465,9 @@ def _name(o):
     return name if _KNOWN.get(name) is o else None
 
 def _find(name):
+    if name not in _KNOWN and re.fullmatch(r'exp\.[a-z]\w*\.\w+', name):        # a module of ours, which registers what it has
+        try: importlib.import_module(name.rpartition('.')[0])
+        except ImportError: pass
     if name in _KNOWN: return _KNOWN[name]
     o = getattr(nn, name[9:], None) if name.startswith('torch.nn.') else None
     if isinstance(o, type) and issubclass(o, nn.Module): return o

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGENETTE_NAMES', 'Calibration', 'CAM', 'readable', 'item_losses', 'Interpretation', 'Table', 'as_input', 'forward',
            'find_layer', 'cam', 'overlay', 'show_cam', 'Whole', 'whole_model', 'to_exported_program', 'to_onnx',
-           'find_pictures', 'predict_files', 'ranked', 'get_parser', 'predict_all', 'main']
+           'find_pictures', 'predict_files', 'ranked', 'Parser', 'get_parser', 'checked_device', 'predict_all', 'main']
 
 # %% ../nbs/11a_interpret.ipynb #c188c7e3
 import argparse, copy, functools, glob, importlib, io, json, os, sys
@@ -447,7 +447,7 @@ def _load(x, files):
         xb, kept, bad = x.batch(range(len(files)), on_error='skip')
         return [([files[i] for i in kept], xb)] if kept else [], bad
     except Exception as e:                                                    # a transform fails on one of them, or they have several shapes
-        if len(files) == 1: return [], {files[0]: str(e)}
+        if len(files) == 1: return [], {files[0]: str(e).removeprefix(f'{files[0]}: ')}
     parts, bads = zip(*(_load(x, [f]) for f in files))
     return sum(parts, []), {f: why for b in bads for f, why in b.items()}
 
@@ -484,7 +484,8 @@ def ranked(learn, pred, k=1):
     return [(vocab[i], p[i].item()) for i in p.argsort(descending=True, stable=True)[:k].tolist()]
 
 # %% ../nbs/11a_interpret.ipynb #20c416eb
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    "A parser of options to which a mistake is one line on stderr and exit status 2."
     def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
 
 def _count(s):
@@ -494,7 +495,7 @@ _count.__name__ = 'int'
 
 def get_parser():
     "The options of `exp-predict`."
-    p = _Parser('exp-predict', description='What is in these pictures? One line each: file, class, probability.',
+    p = Parser('exp-predict', description='What is in these pictures? One line each: file, class, probability.',
                 epilog='Exit status 0: all predicted; 1: some files could not be read; 2: a mistake in the options or the model; 130: interrupted.')
     p.add_argument('model', metavar='MODEL', help='a file that learn.export wrote')
     p.add_argument('files', metavar='FILE', nargs='+', help='pictures, folders of pictures, or patterns such as "holiday/*.jpg"')
@@ -514,7 +515,8 @@ def _say(s, out):
 
 def _complain(s): _say(f'exp-predict: {_shown(s)}', sys.stderr)
 
-def _device(name):
+def checked_device(name=None):
+    "The device `name` (None: the best there is), tried. Raises `DataError` where it is not to be had."
     try:
         d = torch.device(name) if name else default_device()
         torch.empty(1, device=d)
@@ -525,7 +527,7 @@ def _device(name):
 # %% ../nbs/11a_interpret.ipynb #7141284f
 def predict_all(a, done):
     "Run `exp-predict` with the parsed options `a`: a line for each file; `done` gets the records. The number of files that failed."
-    device = _device(a.device)
+    device = checked_device(a.device)
     if a.json: open(a.json, 'a').close()                                      # now, not after an hour of predicting
     learn = load_learner(a.model, device=device)
     files, lost = find_pictures(a.files)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checkpoints import register
 from .convnets import Lambda, flatten, init_cnn
 
 # %% ../nbs/11_xresnet.ipynb #adcd42da
@@ -167,3 +168,5 @@ def xse_resnext50(c_in=3, c_out=1000, **options):
 
 # %% ../nbs/11_xresnet.ipynb #8b8d041a
 PLAIN = dict(stem=(64,), stride_3x3=False, pool_shortcut=False, zero_gamma=False)        # the ResNet of 2015, as options of XResNet
+
+register(SqueezeExcite, ResBlock, MaxBlurPool, SelfAttention, XResNet)                   # so that a trained one can be exported (notebook 09d)
