@@ -71,7 +71,7 @@ def epoch(n=1024, size=128):
             opt.zero_grad()
             total += torch.stack([loss.detach(), (pred.argmax(1) == yb).float().mean()])*len(xb)
     return {'bare loop': bare, 'bare loop, channels last': lambda: bare(torch.channels_last),
-            'exp Learner': lambda: get_training(data, .1, 'cpu', 0, cbs=[AvgStatsCallback(accuracy, silent=True)]).fit(1)}
+            'exp Learner': lambda: get_training(data, 'lesson', 'cpu', 0, cbs=[AvgStatsCallback(accuracy, silent=True)]).fit(1)}
 
 
 BENCHMARKS = {'epoch': epoch, 'export': export, 'import': import_time,

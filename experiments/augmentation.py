@@ -35,7 +35,7 @@ def one(arm, epochs, seed, a):
     started = time.perf_counter()
     path, name = find_data(a.data)
     data = get_items(path, a.size).to_databunch(64, seed=seed, in_memory=True, valid_bs=64)
-    learn = get_training(data, .3, seed=seed, cbs=[st := AvgStatsCallback(accuracy), ProgressCallback()])
+    learn = get_training(data, 'lesson', seed=seed, cbs=[st := AvgStatsCallback(accuracy), ProgressCallback()])
     if arm == 'augmented': learn.loss_func = partial(F.cross_entropy, label_smoothing=.1)
     learn.fit(epochs, [augmentation(seed)] if arm == 'augmented' else [])
     r = st.rows[-1]

@@ -236,7 +236,8 @@ def test_sample_separates_a_good_model_from_a_bad_one(data_home, tmp_path):
     import torch
     import torch.nn.functional as F
     from conftest import python, small_env
-    r = python('-m', 'exp.train_imagenette', '--data', 'sample', '--epochs', 3, '--seed', 0, '--json', tmp_path/'r.json', env=small_env(data_home))
+    r = python('-m', 'exp.train_imagenette', '--data', 'sample', '--recipe', 'lesson', '--size', 96, '--epochs', 3, '--seed', 0, '--json', tmp_path/'r.json',
+               '--log-dir', tmp_path/'run', env=small_env(data_home))
     assert r.returncode == 0, r.stderr
     cnn = json.loads((tmp_path/'r.json').read_text())['accuracy']
 

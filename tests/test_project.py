@@ -77,3 +77,25 @@ def test_make_help_lists_every_task():
 def test_lint():
     r = python('-m', 'ruff', 'check', '.')
     assert r.returncode == 0, r.stdout
+
+
+@pytest.mark.parametrize('module', ['exp.train_imagenette', 'exp.interpret'])
+def test_every_option_of_a_command_is_in_the_readme(module):
+    import importlib
+    readme = (ROOT/'README.md').read_text()
+    for a in importlib.import_module(module).get_parser()._actions:
+        assert a.help, a.dest
+        for o in a.option_strings:
+            if o[:2] == '--' and o != '--help': assert f'`{o}' in readme or f'{o} ' in readme, o
+
+
+def test_the_results_in_the_readme_are_those_of_the_experiment():
+    "Mean, deviation and number of seeds of each row, computed anew from the csv."
+    import csv
+    import statistics
+    rows = [*csv.DictReader(l for l in (ROOT/'experiments/recipes.csv').read_text().splitlines() if l[0] != '#')]
+    table = re.findall(r'\| `(exp-train [^`]*)` \| (0\.\d{3})(?: ± (0\.\d{3}))? \| (\d+) \|', (ROOT/'README.md').read_text())
+    assert {t[0] for t in table} == {r['command'] for r in rows}
+    for command, mean, std, n in table:
+        acc = [float(r['accuracy']) for r in rows if r['command'] == command]
+        assert int(n) == len(acc) and f'{statistics.mean(acc):.3f}' == mean and (f'{statistics.stdev(acc):.3f}' if len(acc) > 1 else '') == std, command

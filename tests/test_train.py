@@ -1,5 +1,7 @@
-"""`exp-train` as a person meets it: the table, the mistakes, Ctrl-C."""
+"""`exp-train` as a person meets it: the table, the mistakes, Ctrl-C, a killed run; and the parts of its recipes beside independent references."""
+import copy
 import json
+import math
 import os
 import re
 import signal
@@ -8,11 +10,16 @@ import sys
 import time
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import ROOT, small_env, wants_sigint
 from PIL import Image
 
 from exp import train_imagenette as T
+from exp.callbacks import Callback, DataBunch, Dataset, accuracy, get_dls
+from exp.checkpoints import Checkpoint
 from exp.datasets import DataError
+from exp.learner import Learner
 
 
 def run(*args, home, **kw):
@@ -30,37 +37,45 @@ def folder(tmp_path, train=('a', 'b'), val=('a', 'b'), n=4):
 
 
 def test_trains_and_says_on_what(data_home, tmp_path):
-    r = run('--data', 'sample', '--size', 32, '--epochs', 1, '--json', tmp_path/'r.json', home=data_home)
+    r = run('--data', 'sample', '--size', 32, '--epochs', 1, '--json', tmp_path/'r.json', '--log-dir', tmp_path/'run', home=data_home)
     assert r.returncode == 0, r.stderr
-    first, last = r.stdout.strip().splitlines()[0], r.stdout.strip().splitlines()[-1]
-    assert 'sample (drawn)' in first and '800 images' in first
+    first, second, *_, model, last = r.stdout.strip().splitlines()
+    assert 'sample (drawn)' in first and '800 images' in first and 'recipe cpu, arch xresnet18, width 0.5, crops ' in second
     assert re.fullmatch(r'accuracy 0\.\d{3} · sample \(drawn\) · 300 validation images · 1 epochs · 32 px · seed 42 · \S+ · \d+ s', last)
     j = json.loads((tmp_path/'r.json').read_text())
     assert f"{j['accuracy']:.3f}" in last and j['rows'][-1]['valid_accuracy'] == j['accuracy'] and len(j['classes']) == 10
+    assert j['recipe'] == 'cpu' and j['opt'] == 'adam' and j['bs'] == 16
     assert '\r' not in r.stdout + r.stderr, 'carriage returns fill a log'
+    from exp.interpret import main as predict
+    pictures = sorted((data_home/'data/drawn-shapes-160/val').glob('*/*.JPEG'))[::60]
+    assert f'exp-predict {j["model"]}' in model and predict([j['model'], *map(str, pictures)]) == 0
 
 
 def test_same_seed_same_weights(data_home, monkeypatch):
-    import torch
     from exp.datasets import URLs, untar_data
     data = T.get_items(untar_data(URLs.SAMPLE), 16).to_databunch(100, seed=3, in_memory=None)
     ws = []
     for seed in (1, 1, 2):
         data.train_dl.epoch = 0                                # the same order of pictures for all three
-        ws.append(torch.cat([p.flatten() for p in T.get_training(data, .1, 'cpu', seed).fit(1).model.parameters()]))
+        ws.append(torch.cat([p.flatten() for p in T.get_training(data, 'lesson', 'cpu', seed).fit(1).model.parameters()]))
     assert ws[0].equal(ws[1]) and not ws[0].equal(ws[2])
 
 
 @pytest.mark.parametrize('args', [('--size', '0'), ('--epochs', '0'), ('--nonsense',), ('--lr', 'much'), ('--device', 'abacus'), ('--data', '/nowhere/at/all'),
-                                  ('--bs', '1'), ('--json', '/nowhere/at/all/x.json')])
-def test_a_mistake_is_one_line_and_exit_2(args, data_home):
-    r = run('--data', 'sample', *args, home=data_home)
-    assert r.returncode == 2 and r.stderr.startswith('exp-train: ') and len(r.stderr.strip().splitlines()) == 1, r.stderr
+                                  ('--bs', '1'), ('--json', '/nowhere/at/all/x.json'), ('--crops', 'big'), ('--crops', '4-9'), ('--recipe', 'cake'),
+                                  ('--opt', 'magic'), ('--ema', '1'), ('--runs', '0'), ('--log-dir', '/proc/nowhere'), ('--wd', '-1')])
+def test_a_mistake_is_one_line_and_exit_2(args, data_home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('FASTAI_HOME', str(data_home))
+    try: status = T.main(['--data', 'sample', '--log-dir', str(tmp_path/'run'), *args])
+    except SystemExit as e: status = e.code
+    said = capsys.readouterr().err
+    assert not (tmp_path/'run').exists()
+    assert status == 2 and said.startswith('exp-train: ') and len(said.strip().splitlines()) == 1, said
 
 
 def test_faults_of_a_folder(tmp_path, data_home):
     def said(d):
-        r = run('--data', d, home=data_home)
+        r = run('--data', d, '--log-dir', tmp_path/'run', home=data_home)
         assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1 and 'Traceback' not in r.stderr
         return r.stderr
     for n in 'abcdef': (tmp_path/n).mkdir()
@@ -76,7 +91,7 @@ def test_faults_of_a_folder(tmp_path, data_home):
 @pytest.mark.skipif(os.name != 'posix' or os.geteuid() == 0, reason='root reads everything')
 def test_an_unreadable_folder(tmp_path, data_home):
     os.chmod(folder(tmp_path)/'train/a', 0)
-    r = run('--data', tmp_path, home=data_home)
+    r = run('--data', tmp_path, '--log-dir', tmp_path/'run', home=data_home)
     os.chmod(tmp_path/'train/a', 0o755)
     assert r.returncode == 2 and 'cannot be read' in r.stderr
 
@@ -97,7 +112,6 @@ def test_dot_folders_are_nobodys_class(tmp_path):
 
 def test_goes_through_the_data_block(tmp_path, data_home):
     "Uprightness, pixels and the rest are tested there; here, that the command's pictures are those, whole sets in memory or not."
-    import torch
     from exp import data_block as D
     items = T.get_items(folder(tmp_path), 16)
     assert isinstance(items, D.SplitData) and items.train.x.tfms[0] is D.make_rgb and items.train.x.tfms[1].size == (16, 16)
@@ -117,12 +131,194 @@ def test_a_broken_picture_of_a_large_set_is_one_line_too(tmp_path):
     assert str(e.value).startswith(str(d/'train/b/2.png')) and len(str(e.value).splitlines()) == 1 and isinstance(data, D.ItemBunch)
 
 
-def test_ctrl_c_tells_how_far_it_got(data_home):
-    p = subprocess.Popen([sys.executable, '-m', 'exp.train_imagenette', '--data', 'sample', '--size', '32', '--epochs', '500'], cwd=ROOT,
-                         env=small_env(data_home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=wants_sigint)
-    for _ in range(3): p.stdout.readline()                     # first line, heads, one epoch
+def start(*args, home, **kw):
+    return subprocess.Popen([sys.executable, '-m', 'exp.train_imagenette', '--data', 'sample', *map(str, args)], cwd=ROOT, env=small_env(home),
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
+
+
+def read_until(p, word):
+    for line in p.stdout:
+        if word(line): return line
+    raise AssertionError(p.stderr.read())
+
+
+def test_ctrl_c_tells_how_far_it_got_and_how_to_go_on(data_home, tmp_path):
+    p = start('--recipe', 'lesson', '--size', 32, '--epochs', 500, '--log-dir', tmp_path/'run', home=data_home, preexec_fn=wants_sigint)
+    read_until(p, lambda l: l.split()[:1] == ['0'])            # the row of epoch 0
     p.send_signal(signal.SIGINT)
     started = time.monotonic()
     _, err = p.communicate(timeout=30)
-    assert p.returncode == 130 and re.search(r'interrupted after \d+ of 500 epochs, accuracy 0\.\d+', err) and 'Traceback' not in err
-    assert time.monotonic() - started < 10
+    assert p.returncode == 130 and re.search(r'interrupted after \d+ epochs, accuracy 0\.\d+ after epoch \d+; exp-train --resume --log-dir \S+run goes on', err)
+    assert 'Traceback' not in err and time.monotonic() - started < 10
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(data_home, tmp_path):
+    args = '--recipe', 'lesson', '--width', .5, '--tfms', 'crop', '--crops', '16-20', '--size', 24, '--epochs', 2, '--ema', .9, '--mixup', .2, '--validate', 1, '--opt', 'ranger'
+    whole = run('--data', 'sample', *args, '--log-dir', tmp_path/'whole', '--json', tmp_path/'whole.json', home=data_home)
+    assert whole.returncode == 0, whole.stderr
+    p = start(*args, '--log-dir', tmp_path/'killed', home=data_home)
+    read_until(p, lambda l: l.split()[:1] == ['0'])
+    while not list((tmp_path/'killed').glob('seed-42/checkpoints/*.pt')): time.sleep(.05)
+    p.kill(); p.communicate()
+    wrong = run('--resume', '--log-dir', tmp_path/'killed', '--lr', .5, home=data_home)
+    assert wrong.returncode == 2 and 'was begun with lr 0.008, and 0.5 is asked for' in wrong.stderr
+    again = run('--data', 'sample', '--log-dir', tmp_path/'killed', home=data_home)
+    assert again.returncode == 2 and 'holds a run already: --resume' in again.stderr
+    r = run('--resume', '--log-dir', tmp_path/'killed', '--json', tmp_path/'killed.json', home=data_home)
+    assert r.returncode == 0, r.stderr
+    a, b = (json.loads((tmp_path/f'{n}.json').read_text()) for n in ('whole', 'killed'))
+    for rows in (a['rows'], b['rows']):
+        for row in rows: del row['time']
+    assert a['rows'] == b['rows'] and len(b['rows']) == 2 and a['accuracy'] == b['accuracy']
+    w, k = (torch.load(f, weights_only=True) for f in (a['model'], b['model']))
+    def tensors(o): return [o] if torch.is_tensor(o) else [t for v in (o.values() if isinstance(o, dict) else o) for t in tensors(v)] if isinstance(o, (dict, list, tuple)) else []
+    assert len(tensors(w)) > 20 and all(x.equal(y) for x, y in zip(tensors(w), tensors(k), strict=True))
+
+
+def test_two_processes_one_result(data_home, tmp_path):
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'exp.train_imagenette', '--data', 'sample', '--recipe', 'lesson',
+                        '--size', '24', '--epochs', '1', '--log-dir', str(tmp_path/'run'), '--json', str(tmp_path/'r.json')],
+                       cwd=ROOT, env={**small_env(data_home), 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=240)
+    assert r.returncode == 0, r.stderr
+    assert r.stdout.count('accuracy 0.') == 1 and r.stdout.count('training on') == 1
+    j = json.loads((tmp_path/'r.json').read_text())
+    assert j['processes'] == 2 and 0 <= j['accuracy'] <= 1 and j['n_valid'] == 300 and len(list((tmp_path/'run').rglob('*.pt'))) == 2       # a checkpoint, a model
+
+
+# ---------------------------------------------------------------- the parts of recipes
+
+def tiny(n=24, size=20, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randint(0, 256, (n, 3, size, size), generator=g, dtype=torch.uint8), torch.arange(n) % 3
+    return DataBunch(*get_dls(Dataset(x, y), Dataset(x, y), 8, seed=0), c_in=3, c_out=3)
+
+
+SMALL = dict(arch='lesson', width=.25, epochs=2, size=20, crops=(16, 20), bs=8, opt='momentum', lr=.05, wd=.1, sched='cycle', tfms='crop', mixup=0., smooth=0., ema=0., validate=1)
+
+
+def weights(**changes):
+    r = T.get_recipe('lesson', **{**SMALL, **changes})
+    return torch.cat([p.detach().flatten() for p in T.get_training(tiny(), r, 'cpu', 0).fit(r['epochs']).model.parameters()])
+
+
+@pytest.fixture(scope='module')
+def small_weights():
+    assert weights().equal(weights())
+    return weights()
+
+
+@pytest.mark.parametrize('change', [dict(width=.5), dict(arch='xresnet18', width=.125), dict(epochs=1), dict(crops=(20, 20)), dict(opt='adam'), dict(opt='sgd'), dict(opt='lamb'), dict(opt='lars'),
+                                    dict(opt='ranger'), dict(lr=.06), dict(wd=.2), dict(sched='flat'), dict(sched='lesson'), dict(tfms='none'), dict(tfms='flip'), dict(tfms='strong'),
+                                    dict(mixup=.4), dict(smooth=.1), dict(ema=.9)], ids=str)
+def test_every_setting_changes_the_result(change, small_weights):
+    w = weights(**change)
+    assert w.shape != small_weights.shape or not w.equal(small_weights) and w.isfinite().all()
+
+
+def test_recipes():
+    for name in T.RECIPES: assert T.get_recipe(name)['recipe'] == name and set(T.get_recipe(name)) == {'recipe', *T.RECIPES['cpu']}
+    assert T.get_recipe(device='cuda')['recipe'] == 'gpu' and T.get_recipe(device='cpu')['recipe'] == T.get_recipe(device='mps')['recipe'] == 'cpu'
+    assert T.get_recipe('lesson', opt='adam')['lr'] == T.LRS['adam'] and T.get_recipe('lesson', opt='adam', lr=1.)['lr'] == 1. and T.get_recipe('lesson', opt='sgd')['lr'] == .3
+    with pytest.raises(ValueError, match="no recipe 'cake'; there are lesson"): T.get_recipe('cake')
+    options = vars(T.get_parser().parse_args([]))
+    assert set(T.RECIPES['cpu']) <= set(options) and all(options[k] is None for k in T.RECIPES['cpu'])
+
+
+def test_radam_as_torch():
+    "Through the steps where it is plain momentum (rho at most 5) and those where it is not, a schedule running."
+    g = torch.Generator().manual_seed(0)
+    ps = [torch.randn(3, 4, generator=g, dtype=torch.float64) for _ in range(2)]
+    a, b = ([p.clone().requires_grad_() for p in ps] for _ in range(2))
+    stats = [T.AverageGrad(dampening=True), T.AverageSqrGrad(), T.StepCount()]
+    ours = T.StatefulOptimizer(a, [T.radam_step], stats, lr=.1, mom=.9, sqr_mom=.99, eps=1e-15)
+    ref = torch.optim.RAdam(b, lr=.1, betas=(.9, .99), eps=1e-15)        # torch adds eps before debiasing
+    for i in range(200):
+        lr = .1*(1 + math.cos(i/20))/2
+        ours.hypers[0]['lr'] = ref.param_groups[0]['lr'] = lr
+        for p, q in zip(a, b):
+            grad = torch.randn(3, 4, generator=g, dtype=torch.float64) + p.detach()
+            p.grad, q.grad = grad.clone(), grad.clone()
+        ours.step(); ref.step()
+    for p, q in zip(a, b): assert torch.allclose(p, q, rtol=1e-8, atol=1e-9)
+
+
+def test_lookahead_is_the_papers_algorithm():
+    "Around plain SGD, beside the formula in Python numbers; batched and one by one."
+    for fast in (True, False):
+        ws = [torch.tensor([1.], dtype=torch.float64, requires_grad=True), torch.tensor([-2.], dtype=torch.float64, requires_grad=True)]
+        opt = T.StatefulOptimizer(ws, [lambda p, lr, **kw: p.sub_(p.grad, alpha=lr), T.lookahead_step], [T.StepCount(), T.SlowWeights()], lr=.1, k=4, pull=.3, fast=fast)
+        want = [[1., 1.], [-2., -2.]]
+        for i in range(1, 18):
+            for w, s in zip(ws, want):
+                w.grad = 2*w.detach()
+                s[0] -= .1*2*s[0]
+                if i % 4 == 0: s[1] += .3*(s[0] - s[1]); s[0] = s[1]
+            opt.step()
+            assert [w.item() for w in ws] == pytest.approx([s[0] for s in want], rel=1e-12), (fast, i)
+
+
+def test_ema_is_the_average_of_all_steps_and_what_is_validated():
+    data, seen = tiny(), {'steps': [], 'valid': []}
+    class Spy(Callback):
+        _order = 5
+        def after_step(self, run): seen['steps'].append({k: v.double().clone() for k, v in run.model.state_dict().items()})
+        def after_loss(self, run):
+            if not run.in_train: seen['valid'].append({k: v.double().clone() for k, v in run.model.state_dict().items()})
+    r = T.get_recipe('lesson', **SMALL, **{}) | {'ema': .8}
+    learn = T.get_training(data, r, 'cpu', 0, [Spy()])
+    avg = {k: v.double().clone() for k, v in learn.model.state_dict().items()}
+    learn.fit(2)
+    averages = []
+    for n, now in enumerate(seen['steps'], 1):
+        d = min(.8, (1 + n)/(10 + n))
+        avg = {k: d*avg[k] + (1 - d)*v if learn.model.state_dict()[k].is_floating_point() else v for k, v in now.items()}
+        averages.append(avg)
+    per_epoch = len(data.train_dl)
+    for got, want in ((seen['valid'][0], averages[per_epoch - 1]), (seen['valid'][-1], averages[-1]), (learn.model.state_dict(), averages[-1])):
+        for k, v in want.items(): assert torch.allclose(got[k].double(), v, rtol=1e-4, atol=1e-6), k
+    assert not torch.allclose(seen['valid'][0]['0.0.weight' if '0.0.weight' in avg else next(iter(avg))], seen['steps'][per_epoch - 1][next(iter(avg))])
+
+
+def test_ema_after_an_error_the_model_has_its_own_weights():
+    class Stop(Callback):
+        _order = 900
+        def after_loss(self, run):
+            if not run.in_train: self.own = copy.deepcopy(ema.own); raise KeyboardInterrupt
+    learn = Learner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1200, 3)), tiny(), F.cross_entropy, lr=.01, cbs=[T.BatchTransformXCallback(lambda x: x.float()/255)])
+    ema, stop = T.EMA(.9), Stop()
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, [ema, stop])
+    assert all(a.equal(b) for a, b in zip(learn.model.state_dict().values(), stop.own))
+
+
+@pytest.mark.parametrize('n, epochs, want', [(0, 4, [3]), (1, 3, [0, 1, 2]), (2, 5, [1, 3, 4]), (3, 2, [1])])
+def test_validate_every(n, epochs, want):
+    st = T.AvgStatsCallback(accuracy, silent=True)
+    learn = Learner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1200, 3)), tiny(), F.cross_entropy, lr=.01, cbs=[T.BatchTransformXCallback(lambda x: x.float()/255)])
+    learn.fit(epochs, [st, T.ValidateEvery(n)])
+    assert [r['epoch'] for r in st.rows if r['valid_loss'] == r['valid_loss']] == want
+    assert all(('–' in st.line(r)) == (r['epoch'] not in want) for r in st.rows)
+
+
+def test_mean_and_deviation_of_several_runs():
+    rows = [dict(accuracy=a, seconds=10., seed=5 + i, data='d', n_valid=9, epochs=2, size=8, device='cpu', runs=3) for i, a in enumerate((.5, .7, .6))]
+    r = T.summarise(rows, 3)
+    assert (r['accuracy'], r['std'], r['seconds']) == (pytest.approx(.6), pytest.approx(.1), 30.)
+    assert T.result_line(r) == 'accuracy 0.600 ± 0.100 (3 runs, mean and standard deviation) · d · 9 validation images · 2 epochs · 8 px · seeds 5–7 · cpu · 30 s'
+
+
+def test_nan_is_null_in_json(tmp_path):
+    T._keep(tmp_path/'r.json', {'rows': [{'valid_loss': math.nan, 'train_loss': 1.}]})
+    assert json.loads((tmp_path/'r.json').read_text(), parse_constant=pytest.fail)['rows'] == [{'valid_loss': None, 'train_loss': 1.}]
+
+
+def test_leaderboard_net_exports_and_loads_back(tmp_path):
+    "Mish, self-attention and blurred pooling travel as plain data, into a process that has imported no more than the loading."
+    net = T.ARCHS['leaderboard'](3, 3, width=.125)
+    learn = Learner(net, tiny(), F.cross_entropy)
+    learn.export(tmp_path/'m.pt', cbs=[])
+    x = torch.randn(2, 3, 32, 32)
+    code = ("import sys, torch; from exp.checkpoints import load_learner\n"
+            "torch.save(load_learner(sys.argv[1]).model(torch.load(sys.argv[2])), sys.argv[3])")
+    torch.save(x, tmp_path/'x.pt')
+    subprocess.run([sys.executable, '-c', code, tmp_path/'m.pt', tmp_path/'x.pt', tmp_path/'y.pt'], cwd=ROOT, check=True, timeout=120)
+    assert torch.allclose(torch.load(tmp_path/'y.pt'), net.eval()(x), atol=1e-5)

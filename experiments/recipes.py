@@ -1,0 +1,52 @@
+"""What the recipes of exp-train reach on all of Imagenette: writes recipes.csv beside itself, a row for each training.
+
+    EXP_MIRROR=../shared/mirror python experiments/recipes.py [--rows lesson "5 minutes" …] [--seeds 0 1 2] [--most N]
+
+A row of RUNS is a name and the options of exp-train behind it; "minutes" are those of two cores of the machine named in the csv's head. Every setting
+was chosen on a fifth of the training set that was held out; the 3,925 validation pictures judge each row once for each seed. `cpu_seconds` is what all
+threads together took, loading included: on a machine that is shared it says more than a clock. What the csv already holds is not run again.
+"""
+import argparse
+import csv
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+from exp.train_imagenette import get_parser, train
+
+OUT = Path(__file__).with_suffix('.csv')
+FIELDS = ['recipe', 'seed', 'accuracy', 'valid_loss', 'train_loss', 'data', 'n_train', 'n_valid', 'size', 'epochs', 'device', 'threads', 'cpu_seconds', 'seconds', 'torch', 'command']
+RUNS = {'lesson': '--recipe lesson',
+        '5 minutes': '--recipe cpu',
+        '15 minutes': '--recipe cpu --epochs 13 --crops 64-96 --size 112 --validate 0',
+        '60 minutes': '--recipe cpu --epochs 42 --crops 64-112 --size 128 --validate 0'}
+
+
+def run(name, seed):
+    options = f'--data imagenette {RUNS[name]} --seed {seed}'
+    with tempfile.TemporaryDirectory() as d:
+        started = time.process_time()
+        r = train(get_parser().parse_args([*options.split(), '--log-dir', f'{d}/run']))
+    last = r['rows'][-1]
+    return {k: r[k] for k in FIELDS if k in r} | dict(recipe=name, accuracy=round(r['accuracy'], 5), valid_loss=round(last['valid_loss'], 5), train_loss=round(last['train_loss'], 5),
+            seconds=round(r['seconds']), cpu_seconds=round(time.process_time() - started), command='exp-train ' + RUNS[name])
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--rows', nargs='+', choices=list(RUNS), default=['lesson', '5 minutes', '15 minutes'])
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    p.add_argument('--most', type=int, default=10**6, help='stop after this many trainings')
+    a = p.parse_args()
+    if not OUT.exists():
+        cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
+        OUT.write_text(f'# python experiments/recipes.py; python {platform.python_version()}, {platform.machine()}, {cpu}\n' + ','.join(FIELDS) + '\n')
+    done = {(r['command'], int(r['seed'])) for r in csv.DictReader(l for l in OUT.read_text().splitlines() if l[0] != '#')}
+    todo = [(n, s) for n in a.rows for s in a.seeds if ('exp-train ' + RUNS[n], s) not in done]
+    for name, seed in todo[:a.most]:
+        row = run(name, seed)
+        with OUT.open('a', newline='') as f: csv.DictWriter(f, FIELDS, lineterminator='\n').writerow(row)
+
+
+if __name__ == '__main__': main()
