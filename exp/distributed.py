@@ -268,7 +268,7 @@ class _Gather(torch.autograd.Function):
 def global_stats(x, here=1.):
     "`(mean, var, n)` of each channel of (N, C, …) over all processes: `var` biased, `n` numbers a channel. `here=0`: this one's rows do not count."
     dims = [0, *range(2, x.dim())]
-    m, v = x.mean(dims), x.var(dims, correction=0)                                     # (C,)
+    v, m = torch.var_mean(x, dims, correction=0)                                       # (C,)
     c = len(m)
     all_ = _Gather.apply(torch.cat([m, v, m.new_full((1,), here*x.numel()/c)]))        # (world, 2C + 1)
     ms, vs, ns = all_[:, :c], all_[:, c:-1], all_[:, -1:]
@@ -288,9 +288,9 @@ def _sync_forward(m, x):
             if hasattr(m, 'num_batches_tracked'): m.num_batches_tracked += 1
             mom = m.mom if isinstance(m, BatchNorm) else m.momentum if m.momentum is not None else 1/m.num_batches_tracked.item()
             for r, t in ((m.running_mean, mean), (m.running_var, var*n/(n - 1))): r.lerp_(t.to(r.dtype), mom)
-    def col(t): return t.view(-1, *[1]*(x.dim() - 2))
-    out = (x - col(mean))/col(var + m.eps).sqrt()
-    return out if m.weight is None else out*col(m.weight) + col(m.bias)
+    k = (var + m.eps).rsqrt() if m.weight is None else m.weight*(var + m.eps).rsqrt()
+    shift = -mean*k if m.bias is None else m.bias - mean*k
+    return torch.addcmul(shift.view(-1, *[1]*(x.dim() - 2)), x, k.view(-1, *[1]*(x.dim() - 2)))    # x·k + shift: one pass over the pictures
 
 # %% ../nbs/10d_distributed.ipynb #5b0904e3
 @contextmanager

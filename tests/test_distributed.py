@@ -135,6 +135,7 @@ def test_files_that_cannot_be_read_are_skipped_in_step(two):
 
 
 def test_a_model_in_shards(two):
+    if two[0][0]['fsdp'] is None: pytest.skip(f'FSDP2 of torch {torch.__version__} does not run on CPUs')
     one = work.job()(False)                                            # ours; torch's optimizer in the shards
     for r in two[0]: assert close(r['fsdp']['state'], one['state']) and r['fsdp']['local'] < .6*r['fsdp']['all']
 

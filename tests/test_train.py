@@ -17,7 +17,6 @@ from PIL import Image
 
 from exp import train_imagenette as T
 from exp.callbacks import Callback, DataBunch, Dataset, accuracy, get_dls
-from exp.checkpoints import Checkpoint
 from exp.datasets import DataError
 from exp.learner import Learner
 
