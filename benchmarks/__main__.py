@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import Skip, data_block, interpret, learner, lsuv, mixed_precision, optimizers, transforms, xresnet
+from benchmarks import Skip, data_block, distributed, interpret, learner, lsuv, mixed_precision, optimizers, transforms, xresnet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,7 +75,7 @@ def epoch(n=1024, size=128):
 
 
 BENCHMARKS = {'epoch': epoch, 'export': export, 'import': import_time,
-              **{k: f for m in (lsuv, data_block, optimizers, learner, transforms, mixed_precision, xresnet, interpret) for k, f in m.BENCHMARKS.items()}}
+              **{k: f for m in (lsuv, data_block, optimizers, learner, transforms, mixed_precision, xresnet, interpret, distributed) for k, f in m.BENCHMARKS.items()}}
 
 
 def measure(work, turns):
