@@ -599,7 +599,7 @@ def batch(self: ItemList, idxs, seed=None, on_error='raise'):
             try: out.add(self._one(self.items[i], each), self.items[i]); kept.append(i)
             except DataError as e:
                 if on_error == 'raise': raise
-                bad[str(self.items[i])] = str(e).split(': ', 1)[-1]
+                bad[str(self.items[i])] = str(e).removeprefix(f'{self.items[i]}: ')
     finally:
         for t, old in zip(rand, before): t.generator = old
     xb = out.tensor() if kept else torch.empty(0)
@@ -858,7 +858,7 @@ def verify_images(il, progress=text_bar, threads=None):
     "Decode every picture of an `ImageList` whole, in threads: `{path: why}` of those that cannot be. Nothing is deleted; see `ItemList.without`."
     def one(fn):
         try: open_image(fn, max_pixels=il.max_pixels)
-        except DataError as e: return str(e).split(': ', 1)[-1]
+        except DataError as e: return str(e).removeprefix(f'{fn}: ')
     bad, items = {}, list(il.items)
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         for n, (fn, why) in enumerate(zip(items, pool.map(one, items)), 1):

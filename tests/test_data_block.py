@@ -612,3 +612,14 @@ def test_show_image(ll):
     assert ax.images[0].get_array().shape == (32, 32, 3)
     import matplotlib.pyplot as plt
     plt.close('all')
+
+
+def test_a_colon_in_a_files_name_spoils_no_message(tmp_path):
+    (tmp_path/'part 1: cats').mkdir()
+    bad = tmp_path/'part 1: cats/a: b.jpg'
+    bad.write_text('no picture')
+    Image.new('RGB', (9, 9)).save(tmp_path/'part 1: cats/c.jpg')
+    il = ImageList.from_files(tmp_path, tfms=[make_rgb, ResizeFixed(8), to_byte_tensor])
+    for found in (verify_images(il, progress=None), il.batch(range(2), on_error='skip')[2]):
+        (name, why), = found.items()
+        assert str(name) == str(bad) and why.startswith('no readable picture')
