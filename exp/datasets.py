@@ -14,8 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from filelock import FileLock
-from PIL import Image, ImageDraw
+from PIL import Image
 
 # %% ../nbs/01_datasets.ipynb #5cbb7fcb
 _s3 = 'https://s3.amazonaws.com/fast-ai-imageclas/'
@@ -208,6 +207,7 @@ _STROKES = {0: [(.5,.1,.8,.3), (.8,.3,.8,.7), (.8,.7,.5,.9), (.5,.9,.2,.7), (.2,
 
 def draw_digit(d, rng):
     "A 28 × 28 uint8 picture of the digit `d`, drawn with a shaky pen."
+    from PIL import ImageDraw                                    # here: few need it, and everyone would wait for it
     im = Image.new('L', (112, 112))
     t, s, ox, oy = rng.uniform(-.3, .3), rng.uniform(60, 84), rng.uniform(-8, 8), rng.uniform(-8, 8)
     for seg in _STROKES[d]:
@@ -263,6 +263,7 @@ def untar_data(url, base=None, quiet=False, tries=4):
 
     Order: `base` (default `data_home()`), the mirror in `$EXP_MIRROR`, the official address with its published digest."""
     url = URLs.SAMPLE if os.environ.get('EXP_DATA') == 'sample' and url != URLs.MNIST else url
+    from filelock import FileLock                                # here: it takes longer to import than all of this module
     base, name = Path(base) if base else data_home(), data_name(url)
     dest = base/name
     if dest.is_dir(): return dest

@@ -5,26 +5,29 @@
 
 Network, optimizer and schedule are those of `exp-train`, pictures squeezed to 128 px and kept in memory. The arm 'augmented' adds, for each training picture
 and each epoch anew, a flip, a turn of up to 10 degrees, a zoom of 1 to 1.25 and a shift of up to a tenth, and smooths the labels by 0.1. These numbers were
-chosen beforehand and not tuned. A row is written when its training is done, and what the csv already holds is not run again.
+chosen beforehand and not tuned. A row is written when its training is done, and what the csv already holds is not run again; a training that was
+broken off goes on from its last whole epoch, to the bit (checkpoints in runs/). `cpu_seconds`: of all threads, loading included.
 """
 import argparse
 import csv
 import platform
-import time
+import shutil
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from sittings import RUNS, sitting
 
 from exp.callbacks import AvgStatsCallback, accuracy
+from exp.checkpoints import Checkpoint
 from exp.convnets import keep_freed_memory
 from exp.progress import ProgressCallback
 from exp.train_imagenette import find_data, get_items, get_training
 from exp.transforms import BatchAugment, RandomAffine, RandomFlip
 
 OUT = Path(__file__).with_suffix('.csv')
-COLS = ['arm', 'epochs', 'seed', 'accuracy', 'valid_loss', 'train_accuracy', 'seconds', 'size', 'n_train', 'n_valid', 'data', 'device', 'threads', 'torch']
+COLS = ['arm', 'epochs', 'seed', 'accuracy', 'valid_loss', 'train_accuracy', 'cpu_seconds', 'size', 'n_train', 'n_valid', 'data', 'device', 'threads', 'torch']
 
 
 def augmentation(seed): return BatchAugment(RandomFlip(), RandomAffine(rotate=10., zoom=(1., 1.25), translate=.1), seed=seed)
@@ -32,16 +35,19 @@ def augmentation(seed): return BatchAugment(RandomFlip(), RandomAffine(rotate=10
 
 def one(arm, epochs, seed, a):
     "One training, as a row of the csv."
-    started = time.perf_counter()
     path, name = find_data(a.data)
     data = get_items(path, a.size).to_databunch(64, seed=seed, in_memory=True, valid_bs=64)
+    folder = RUNS/f'augmentation/{name}-{a.size}px-{arm}-{epochs}-epochs-seed-{seed}'
     learn = get_training(data, 'lesson', seed=seed, cbs=[st := AvgStatsCallback(accuracy), ProgressCallback()])
-    if arm == 'augmented': learn.loss_func = partial(F.cross_entropy, label_smoothing=.1)
-    learn.fit(epochs, [augmentation(seed)] if arm == 'augmented' else [])
-    r = st.rows[-1]
-    return dict(arm=arm, epochs=epochs, seed=seed, accuracy=round(r['valid_accuracy'], 5), valid_loss=round(r['valid_loss'], 5),
-                train_accuracy=round(r['train_accuracy'], 5), seconds=round(time.perf_counter() - started), size=a.size, n_train=len(data.train_ds),
-                n_valid=len(data.valid_ds), data=name, device=next(learn.model.parameters()).device.type, threads=torch.get_num_threads(), torch=torch.__version__)
+    extra = [ck := Checkpoint(folder, keep=1)]
+    if arm == 'augmented': learn.loss_func = partial(F.cross_entropy, label_smoothing=.1); extra.append(augmentation(seed))
+    with sitting(folder) as seconds:
+        learn.fit(epochs, extra, start=ck.start(learn))
+        r = st.rows[-1]
+        row = dict(arm=arm, epochs=epochs, seed=seed, accuracy=round(r['valid_accuracy'], 5), valid_loss=round(r['valid_loss'], 5),
+                   train_accuracy=round(r['train_accuracy'], 5), cpu_seconds=round(seconds()), size=a.size, n_train=len(data.train_ds), n_valid=len(data.valid_ds),
+                   data=name, device=next(learn.model.parameters()).device.type, threads=torch.get_num_threads(), torch=torch.__version__)
+    return row, folder
 
 
 def main():
@@ -60,8 +66,9 @@ def main():
     todo = [(arm, e, s) for e in a.epochs for s in a.seeds for arm in a.arms if (arm, e, s, a.size) not in done]
     for arm, e, s in todo[:a.most]:
         print(f'{arm}, {e} epochs, seed {s}', flush=True)
-        row = one(arm, e, s, a)
+        row, folder = one(arm, e, s, a)
         with OUT.open('a', newline='') as f: csv.DictWriter(f, COLS, lineterminator='\n').writerow(row)
+        shutil.rmtree(folder)
 
 
 if __name__ == '__main__': main()

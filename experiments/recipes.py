@@ -5,14 +5,17 @@
 A row of RUNS is a name and the options of exp-train behind it; "minutes" are those of two cores of the machine named in the csv's head. Optimizer,
 rate and batch size were chosen on a fifth of the training set that was held out, for the 5 minutes; the longer rows take them over and no setting of
 theirs was compared. The 3,925 validation pictures judge each row once for each seed. `cpu_seconds` is what all
-threads together took, loading included: on a machine that is shared it says more than a clock. What the csv already holds is not run again.
+threads together took, loading included: on a machine that is shared it says more than a clock. What the csv already holds is not run again; a training that was
+broken off goes on from its last whole epoch (runs/).
 """
 import argparse
 import csv
 import platform
-import tempfile
-import time
+import shutil
 from pathlib import Path
+
+from sittings import RUNS as FOLDER
+from sittings import sitting
 
 from exp.train_imagenette import get_parser, train
 
@@ -26,12 +29,13 @@ RUNS = {'lesson': '--recipe lesson',
 
 def run(name, seed):
     options = f'--data imagenette {RUNS[name]} --seed {seed}'
-    with tempfile.TemporaryDirectory() as d:
-        started = time.process_time()
-        r = train(get_parser().parse_args([*options.split(), '--log-dir', f'{d}/run']))
-    last = r['rows'][-1]
-    return {k: r[k] for k in FIELDS if k in r} | dict(recipe=name, accuracy=round(r['accuracy'], 5), valid_loss=round(last['valid_loss'], 5), train_loss=round(last['train_loss'], 5),
-            seconds=round(r['seconds']), cpu_seconds=round(time.process_time() - started), command='exp-train ' + RUNS[name])
+    folder = FOLDER/f'recipes/{name.replace(" ", "-")}-seed-{seed}'
+    with sitting(folder) as cpu:
+        r = train(get_parser().parse_args([*options.split(), '--log-dir', str(folder), '--resume']))
+        last = r['rows'][-1]
+        row = {k: r[k] for k in FIELDS if k in r} | dict(recipe=name, accuracy=round(r['accuracy'], 5), valid_loss=round(last['valid_loss'], 5),
+              train_loss=round(last['train_loss'], 5), seconds=round(r['seconds']), cpu_seconds=round(cpu()), command='exp-train ' + RUNS[name])
+    return row, folder
 
 
 def main():
@@ -46,8 +50,9 @@ def main():
     done = {(r['command'], int(r['seed'])) for r in csv.DictReader(l for l in OUT.read_text().splitlines() if l[0] != '#')}
     todo = [(n, s) for n in a.rows for s in a.seeds if ('exp-train ' + RUNS[n], s) not in done]
     for name, seed in todo[:a.most]:
-        row = run(name, seed)
+        row, folder = run(name, seed)
         with OUT.open('a', newline='') as f: csv.DictWriter(f, FIELDS, lineterminator='\n').writerow(row)
+        shutil.rmtree(folder)
 
 
 if __name__ == '__main__': main()
