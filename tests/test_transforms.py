@@ -200,6 +200,17 @@ def test_crops_from_a_batch_are_torchvisions_resized_crops(h, w, c, dtype, size,
     assert dtype != torch.uint8 or (float_way - run.xb).abs().max() <= bytes_lose
 
 
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.float32])
+def test_a_batch_of_several_chunks_is_its_pictures(dtype, monkeypatch):
+    x, aug = smooth(11, 3, 20, 24, 0, dtype), Augment(RandomFlip(), RandomAffine(), RandomColor())
+    draw = aug.draw(x.shape, gen())
+    whole = draw(x)
+    monkeypatch.setattr('exp.transforms.CHUNK', 3*x[0].numel() + 1)                            # 3, 3, 3 and 2 pictures
+    assert draw(x).equal(whole)
+    monkeypatch.setattr('exp.transforms.CHUNK', 1)                                            # a picture larger than a chunk
+    assert draw(x).equal(whole)
+
+
 def test_pictures_that_grow():
     sizes = BatchCrop((64, 100)).size_in
     assert [sizes(e, 4) for e in range(4)] == [64, 80, 96, 100] and sizes(0, 1) == 100       # the last is what was asked for
