@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # The same examples in every run: what passed here does not fail elsewhere by the luck of a draw. `pytest -m hypothesis --hypothesis-profile search` draws new ones.
-settings.register_profile('fixed', derandomize=True)
-settings.register_profile('search', derandomize=False)
+# No examples are given up because a busy machine makes them slowly.
+settings.register_profile('fixed', derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile('search', derandomize=False, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('fixed')
 
 ROOT = Path(__file__).resolve().parent.parent
