@@ -18,5 +18,5 @@ def sitting(folder):
     old = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try: yield seconds
     finally:
-        file.write_text(f'{seconds():.1f}')
+        file.write_text(f'{seconds():.3f}')
         signal.signal(signal.SIGTERM, old)

@@ -1,0 +1,54 @@
+"""Scripts of experiments/: a training that was killed goes on where it stood, gives the row it would have given, and its seconds add up."""
+import csv
+import os
+import signal
+import sys
+
+import pytest
+
+from conftest import ROOT, small_env
+
+
+@pytest.fixture
+def script(monkeypatch):
+    "Import a script of experiments/ as it imports its neighbours."
+    monkeypatch.syspath_prepend(str(ROOT/'experiments'))
+    def get(name):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        return __import__(name)
+    return get
+
+
+def test_seconds_of_all_sittings(script, tmp_path):
+    sitting, before = script('sittings').sitting, signal.getsignal(signal.SIGTERM)
+    with sitting(tmp_path/'a') as seconds: sum(range(10**6)); first = seconds()
+    with pytest.raises(SystemExit), sitting(tmp_path/'a') as seconds: sum(range(10**6)); os.kill(os.getpid(), signal.SIGTERM); sum(range(10**9))
+    with sitting(tmp_path/'a') as seconds: third = seconds()
+    assert 0 < first < third and signal.getsignal(signal.SIGTERM) == before
+    assert float((tmp_path/'a'/'cpu_seconds').read_text()) >= first
+
+
+def test_an_augmented_training_that_was_killed(script, tmp_path, data_home, monkeypatch):
+    for k, v in small_env(data_home).items(): monkeypatch.setenv(k, v)
+    aug = script('augmentation')
+    monkeypatch.setattr(aug, 'RUNS', tmp_path/'runs')
+    monkeypatch.setattr(sys, 'argv', ['augmentation.py', '--data', 'sample', '--size', '16', '--epochs', '3', '--seeds', '0'])
+    def rows(out): return [*csv.DictReader(l for l in open(out) if l[0] != '#')]
+
+    monkeypatch.setattr(aug, 'OUT', whole := tmp_path/'whole.csv')
+    aug.main()
+    assert [r['arm'] for r in rows(whole)] == ['augmented', 'plain'] and not any((tmp_path/'runs'/'augmentation').iterdir())
+
+    monkeypatch.setattr(aug, 'OUT', broken := tmp_path/'broken.csv')
+    class Killed(aug.ProgressCallback):
+        def begin_batch(self, learn):
+            if learn.epoch == 1 and learn.iter == 2: os.kill(os.getpid(), signal.SIGTERM)
+    with monkeypatch.context() as m:
+        m.setattr(aug, 'ProgressCallback', Killed)
+        with pytest.raises(SystemExit): aug.main()
+    assert not rows(broken) and len([*(tmp_path/'runs').rglob('*.pt')]) == 1
+    aug.main()
+    for a, b in zip(rows(whole), rows(broken)): assert {**a, 'cpu_seconds': 0} == {**b, 'cpu_seconds': 0}
+    assert len(rows(broken)) == 2
+    aug.main()                                                                                # nothing is left to do
+    assert len(rows(broken)) == 2
