@@ -30,6 +30,7 @@ class URLs:
 class DataError(Exception):
     "Data could not be had, or is not what it should be; the text is one sentence for the reader."
 
+# %% ../nbs/01_datasets.ipynb #460c7249
 def file_digest(path, kind='sha256'):
     "Hex digest of the file at `path`; `kind` as `hashlib.new` takes it."
     h = hashlib.new(kind)
@@ -37,6 +38,7 @@ def file_digest(path, kind='sha256'):
         while chunk := f.read(1 << 20): h.update(chunk)
     return h.hexdigest()
 
+# %% ../nbs/01_datasets.ipynb #29ea2025
 def published_digest(url):
     "`('md5', hex)` for an official address, from torchvision's tables, or `None` where none is published."
     from torchvision.datasets import MNIST, Imagenette
@@ -53,6 +55,30 @@ def _check_members(members, archive):
             raise DataError(f'{archive}: refused, its member {name!r} would be written outside the folder')
         if not plain: raise DataError(f'{archive}: refused, its member {name!r} is a link or a device, not a file or folder')
 
+# %% ../nbs/01_datasets.ipynb #75594ebe
+def _need_space(folder, n_bytes, what):
+    "Raise `DataError` where the disk under `folder` has less than `n_bytes` free."
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes: raise DataError(f'{what} needs {n_bytes/1e6:,.0f} MB, but only {free/1e6:,.0f} MB are free on the disk of {folder}')
+
+# %% ../nbs/01_datasets.ipynb #ce3f5770
+def _untar(archive, to):
+    with open(archive, 'rb') as f: gz = f.read(2) == b'\x1f\x8b'
+    if gz:                                          # a gzip file ends with its unpacked size (modulo 4 GiB)
+        with open(archive, 'rb') as f: f.seek(-4, 2); _need_space(to, int.from_bytes(f.read(4), 'little'), f'unpacking {archive.name}')
+    with tarfile.open(archive) as t:
+        _check_members(((m.name, m.isfile() or m.isdir()) for m in t), archive.name)
+    with tarfile.open(archive) as t: t.extractall(to, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
+
+# %% ../nbs/01_datasets.ipynb #d3beabaf
+def _unzip(archive, to):
+    with zipfile.ZipFile(archive) as z:
+        def plain(i): return (i.external_attr >> 16) & 0o170000 in (0, 0o100000, 0o040000)
+        _check_members(((i.filename, plain(i)) for i in z.infolist()), archive.name)
+        _need_space(to, sum(i.file_size for i in z.infolist()), f'unpacking {archive.name}')
+        z.extractall(to)
+
+# %% ../nbs/01_datasets.ipynb #7a38e1a6
 def unpack(archive, dest):
     "Unpack a .tgz/.tar/.zip into the new folder `dest`: checked names, all or nothing. A single top folder is taken off."
     archive, dest = Path(archive), Path(dest)
@@ -68,27 +94,6 @@ def unpack(archive, dest):
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return dest
 
-# %% ../nbs/01_datasets.ipynb #75594ebe
-def _need_space(folder, n_bytes, what):
-    "Raise `DataError` where the disk under `folder` has less than `n_bytes` free."
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes: raise DataError(f'{what} needs {n_bytes/1e6:,.0f} MB, but only {free/1e6:,.0f} MB are free on the disk of {folder}')
-
-def _untar(archive, to):
-    with open(archive, 'rb') as f: gz = f.read(2) == b'\x1f\x8b'
-    if gz:                                          # a gzip file ends with its unpacked size (modulo 4 GiB)
-        with open(archive, 'rb') as f: f.seek(-4, 2); _need_space(to, int.from_bytes(f.read(4), 'little'), f'unpacking {archive.name}')
-    with tarfile.open(archive) as t:
-        _check_members(((m.name, m.isfile() or m.isdir()) for m in t), archive.name)
-    with tarfile.open(archive) as t: t.extractall(to, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
-
-def _unzip(archive, to):
-    with zipfile.ZipFile(archive) as z:
-        def plain(i): return (i.external_attr >> 16) & 0o170000 in (0, 0o100000, 0o040000)
-        _check_members(((i.filename, plain(i)) for i in z.infolist()), archive.name)
-        _need_space(to, sum(i.file_size for i in z.infolist()), f'unpacking {archive.name}')
-        z.extractall(to)
-
 # %% ../nbs/01_datasets.ipynb #b7abc47a
 _last_shown = {}
 
@@ -103,6 +108,7 @@ def _progress(done, total, name, started):
         part = f'{100*done/total:3.0f} % of {total/1e6:,.1f} MB' if total else f'{done/1e6:,.1f} MB'
         print(f'\r{name}: {part}, {done/1e6/max(now-started, .1):,.1f} MB/s ', end='\n' if end else '', file=sys.stderr, flush=True)
 
+# %% ../nbs/01_datasets.ipynb #9b34af7f
 def _fetch_once(url, part, timeout):
     "One try: append to `part` what is missing of `url`. Returns the full length, or None where the server does not tell."
     have = part.stat().st_size if part.exists() else 0
@@ -149,6 +155,7 @@ def download(url, dest, digest=None, tries=4, timeout=30):
 # %% ../nbs/01_datasets.ipynb #ba5f94a5
 SAMPLE_CLASSES = ('blobs', 'bricks', 'checks', 'crosses', 'diagonals', 'dots', 'rings', 'stars', 'stripes', 'waves')
 
+# %% ../nbs/01_datasets.ipynb #d95cf38f
 def _field(kind, u, v, rng):
     "The pattern `kind` as a mask in 0–1 over rotated coordinates `u, v` (pixels, float arrays of one shape)."
     p = rng.uniform(14, 26)                                                # period, pixels
@@ -171,6 +178,7 @@ def _field(kind, u, v, rng):
 # %% ../nbs/01_datasets.ipynb #b883a6aa
 def _colour(h, s, v): return tuple(round(255*c) for c in colorsys.hsv_to_rgb(h % 1, s, v))
 
+# %% ../nbs/01_datasets.ipynb #8cc6ea60
 def draw_sample(kind, rng):
     "One picture of the class `kind`: a PIL image, shortest side 160, mixed aspect ratios, about one in twelve grayscale."
     w, h = (160, int(160*rng.uniform(1, 1.4))) if rng.random() < .4 else (int(160*rng.uniform(1, 1.4)), 160)
@@ -187,6 +195,7 @@ def draw_sample(kind, rng):
     out = Image.fromarray((np.asarray(img, dtype=np.int16) + noise).clip(0, 255).astype(np.uint8))
     return out.convert('L') if rng.random() < .08 else out
 
+# %% ../nbs/01_datasets.ipynb #825f51ea
 def make_sample(dest, n_train=80, n_valid=30, seed=0):
     "Draw the sample into the new folder `dest`: train/ and val/, ten class folders each, JPEG. The same bytes for one seed and Pillow."
     for split, n in (('train', n_train), ('val', n_valid)):
@@ -205,6 +214,7 @@ _STROKES = {0: [(.5,.1,.8,.3), (.8,.3,.8,.7), (.8,.7,.5,.9), (.5,.9,.2,.7), (.2,
     8: [(.5,.1,.75,.28), (.75,.28,.25,.68), (.25,.68,.5,.9), (.5,.9,.75,.68), (.75,.68,.25,.28), (.25,.28,.5,.1)],
     9: [(.7,.45,.3,.4), (.3,.4,.3,.2), (.3,.2,.7,.15), (.7,.15,.7,.45), (.7,.45,.55,.9)]}
 
+# %% ../nbs/01_datasets.ipynb #72cb59b9
 def draw_digit(d, rng):
     "A 28 × 28 uint8 picture of the digit `d`, drawn with a shaky pen."
     from PIL import ImageDraw                                    # here: few need it, and everyone would wait for it
@@ -221,6 +231,7 @@ def data_home():
     "Where data sets lie: `$FASTAI_HOME/data`, by default `~/.fastai/data`."
     return Path(os.environ.get('FASTAI_HOME') or Path.home()/'.fastai').expanduser()/'data'
 
+# %% ../nbs/01_datasets.ipynb #586d1a13
 def data_name(url):
     "The folder's name for an address: `imagenette2-160` for …/imagenette2-160.tgz."
     if url == URLs.MNIST: return 'mnist_idx'
@@ -244,6 +255,7 @@ def _from_mirror(name, to, mirror):
     if file_digest(f) != known[name]: raise DataError(f'{f}: its sha256 digest is not the one in SHA256SUMS; the file is damaged')
     return f
 
+# %% ../nbs/01_datasets.ipynb #5abdc7e3
 def get_archive(url, to, tries=4):
     "The archive at `url`, from the mirror or else the official address: `(path, where from)`. Raises `DataError` naming what failed."
     name, mirror, why = PurePosixPath(urlsplit(url).path).name, os.environ.get('EXP_MIRROR'), []
@@ -258,6 +270,7 @@ def get_archive(url, to, tries=4):
 # %% ../nbs/01_datasets.ipynb #153c3a31
 MNIST_FILES = tuple(f'{s}-{k}-ubyte.gz' for s in ('train', 't10k') for k in ('images-idx3', 'labels-idx1'))
 
+# %% ../nbs/01_datasets.ipynb #4c331803
 def untar_data(url, base=None, quiet=False, tries=4):
     """The folder of the data set at `url`, fetched and unpacked at first use. Raises `DataError` where it cannot be had.
 
@@ -289,6 +302,7 @@ def untar_data(url, base=None, quiet=False, tries=4):
         finally: shutil.rmtree(tmp, ignore_errors=True)
     return dest
 
+# %% ../nbs/01_datasets.ipynb #76fb5aeb
 unzip_data = untar_data     # the slides' name for it
 
 # %% ../nbs/01_datasets.ipynb #52e7afb2
@@ -301,6 +315,7 @@ def read_idx(path):
         return np.frombuffer(raw, np.uint8, offset=4 + 4*len(shape)).reshape(shape)
     except (ValueError, IndexError, OSError, EOFError) as e: raise DataError(f'{path}: cannot be read ({e}); delete it and call again') from None
 
+# %% ../nbs/01_datasets.ipynb #98113f26
 def mnist(base=None):
     """MNIST: `x_train, y_train, x_valid, y_valid`; x float32 (N, 784) in 0–1, y int64 (N,). 60,000 and 10,000 pictures.
 

@@ -25,10 +25,12 @@ def listify(o):
     "`None` to `[]`, a list or tuple to a list, anything else to a list of it."
     return [] if o is None else list(o) if isinstance(o, (list, tuple)) else [o]
 
+# %% ../nbs/09_optimizers.ipynb #2c31a1f8
 def _name_of(f): return getattr(f, '__name__', None) or getattr(getattr(f, 'func', None), '__name__', None) or type(f).__name__
 def _func_of(o): return o.update if hasattr(o, 'update') else o              # of a stat or a stepper: what is called
 def _attr(f, k, default): return getattr(f, k, getattr(getattr(f, 'func', None), k, default))
 
+# %% ../nbs/09_optimizers.ipynb #4a85dbf8
 def _takes(o):
     "Names that the stepper or stat `o` asks for: `(all, those without a default)`."
     ps = [q for q in inspect.signature(_func_of(o)).parameters.values() if q.name not in ('p', 'state', 'self')]
@@ -40,6 +42,7 @@ def _takes(o):
 # %% ../nbs/09_optimizers.ipynb #59455850
 def _is_param(o): return torch.is_tensor(o) or (isinstance(o, tuple) and len(o) == 2 and isinstance(o[0], str))
 
+# %% ../nbs/09_optimizers.ipynb #93a8680a
 def _split_groups(params):
     "`[(tensors, names or None, hypers)]` of all the forms that `Optimizer` takes."
     if torch.is_tensor(params): raise TypeError('params is one tensor: put it in a list')
@@ -76,20 +79,24 @@ class Optimizer:
         self.hyper_names = list(dict.fromkeys(k for h in self.hypers for k in h))
         self.check()
 
-    @torch.no_grad()
-    def step(self):
-        for ps, h in zip(self.param_groups, self.hypers):
-            ps = [p for p in ps if p.grad is not None]
-            if ps: self.update(ps, {k: h[k] for k in self.hyper_names if k in h})
-
     def update(self, ps, hypers):
         for p in ps: self.update_one(p, hypers)
     def update_one(self, p, hypers):
         for f in self.steppers: f(p, **hypers)
 
-    def zero_grad(self):
-        for ps in self.param_groups:
-            for p in ps: p.grad = None
+# %% ../nbs/09_optimizers.ipynb #51c56a5f
+@patch
+@torch.no_grad()
+def step(self: Optimizer):
+    for ps, h in zip(self.param_groups, self.hypers):
+        ps = [p for p in ps if p.grad is not None]
+        if ps: self.update(ps, {k: h[k] for k in self.hyper_names if k in h})
+
+# %% ../nbs/09_optimizers.ipynb #f7b1f8c2
+@patch
+def zero_grad(self: Optimizer):
+    for ps in self.param_groups:
+        for p in ps: p.grad = None
 
 # %% ../nbs/09_optimizers.ipynb #c322ff18
 @patch
@@ -102,6 +109,7 @@ def state_keys(self: Optimizer):
         return set(state)
     except Exception: return None
 
+# %% ../nbs/09_optimizers.ipynb #2c1e7da6
 @patch
 def check(self: Optimizer):
     "Raise `ValueError` where hypers, stats and steppers do not fit together."
@@ -118,11 +126,13 @@ def sgd_step(p, lr, **kwargs):
     "`p ← p − lr·grad`."
     p.add_(p.grad, alpha=-lr)
 
+# %% ../nbs/09_optimizers.ipynb #7c0e5b43
 def weight_decay(p, lr, wd, **kwargs):
     "`p ← (1 − lr·wd)·p`: the weight shrinks, the gradient knows nothing of it (Loshchilov & Hutter 2019, arXiv 1711.05101)."
     if wd: p.mul_(1 - lr*wd)
 weight_decay._defaults = dict(wd=0.)
 
+# %% ../nbs/09_optimizers.ipynb #9f091781
 def l2_reg(p, wd, **kwargs):
     "`grad ← grad + wd·p`: the slope of `wd/2·‖p‖²` joins the loss's. Runs before the stats, so that averages see it."
     if wd: p.grad.add_(p, alpha=wd)
@@ -156,13 +166,15 @@ class StatefulOptimizer(Optimizer):
             self.state[p] = new
         return self.state[p]
 
-    def update_one(self, p, hypers):
-        early = [f for f in self.steppers if _attr(f, '_before_stats', False)]
-        for f in early: f(p, **hypers)
-        state = self.state_of(p)
-        for s in self.stats: state = s.update(p, state, **hypers)
-        self.state[p] = state
-        for f in self.steppers[len(early):]: f(p, **state, **hypers)
+# %% ../nbs/09_optimizers.ipynb #be29dce8
+@patch
+def update_one(self: StatefulOptimizer, p, hypers):
+    early = [f for f in self.steppers if _attr(f, '_before_stats', False)]
+    for f in early: f(p, **hypers)
+    state = self.state_of(p)
+    for s in self.stats: state = s.update(p, state, **hypers)
+    self.state[p] = state
+    for f in self.steppers[len(early):]: f(p, **state, **hypers)
 
 # %% ../nbs/09_optimizers.ipynb #970669a0
 class AverageGrad(Stat):
@@ -183,10 +195,12 @@ def momentum_step(p, lr, grad_avg, **kwargs):
     "`p ← p − lr·grad_avg`."
     p.add_(grad_avg, alpha=-lr)
 
+# %% ../nbs/09_optimizers.ipynb #f0326556
 def nesterov_step(p, lr, mom, mom_damp, grad_avg, **kwargs):
     "`p ← p − lr·(damp·grad + mom·grad_avg)`: the average as it will be after one more such gradient. Source: Sutskever et al. 2013."
     p.add_(p.grad, alpha=-lr*mom_damp).add_(grad_avg, alpha=-lr*mom)
 
+# %% ../nbs/09_optimizers.ipynb #930d9ee6
 sgd_mom_opt = partial(StatefulOptimizer, steppers=[weight_decay, momentum_step], stats=AverageGrad())
 
 # %% ../nbs/09_optimizers.ipynb #e2130676
@@ -200,11 +214,13 @@ class AverageSqrGrad(Stat):
         state['sqr_avg'].mul_(sqr_mom).addcmul_(p.grad, p.grad, value=damp)
         return {**state, 'sqr_damp': damp}
 
+# %% ../nbs/09_optimizers.ipynb #0c98bc0c
 class StepCount(Stat):
     "How many updates this parameter has had, in `state['step']`."
     def init_state(self, p): return {'step': 0}
     def update(self, p, state, **kwargs): return {**state, 'step': state['step'] + 1}
 
+# %% ../nbs/09_optimizers.ipynb #cc3de41d
 def debias(mom, damp, step):
     "What the shares in a moving average add up to after `step` updates, `damp·(1 − mom^step)/(1 − mom)`: divide by it."
     return damp*(1 - mom**step)/(1 - mom)
@@ -216,6 +232,7 @@ def adam_step(p, lr, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, 
     p.addcdiv_(grad_avg, (sqr_avg/debias2).sqrt_().add_(eps), value=-lr/debias1)
 adam_step._defaults = dict(eps=1e-5)
 
+# %% ../nbs/09_optimizers.ipynb #d4433a6c
 def adam_opt(xtra_step=None, decay=weight_decay, **kwargs):
     "An optimizer function: `adam_opt()(params, lr=1e-3)`. `decay=l2_reg` puts the decay through the gradient, as the paper of 2015 would."
     if inspect.isgenerator(xtra_step) or any(torch.is_tensor(o) for o in listify(xtra_step)):
@@ -240,6 +257,7 @@ def lamb_step(p, lr, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_avg, 
     p.add_(update, alpha=-lr)
 lamb_step._defaults = dict(eps=1e-6, wd=0., adapt=True, max_ratio=10.)
 
+# %% ../nbs/09_optimizers.ipynb #59f6f97a
 lamb = partial(StatefulOptimizer, steppers=lamb_step, stats=[AverageGrad(dampening=True), AverageSqrGrad(), StepCount()])
 
 # %% ../nbs/09_optimizers.ipynb #0c75e1f5
@@ -253,6 +271,7 @@ def lars_step(p, wd, trust_coef, eps, adapt, **kwargs):
 lars_step._defaults = dict(wd=0., trust_coef=1e-3, eps=1e-8, adapt=True)
 lars_step._before_stats = True
 
+# %% ../nbs/09_optimizers.ipynb #a167c350
 lars = partial(StatefulOptimizer, steppers=[lars_step, momentum_step], stats=AverageGrad())
 
 # %% ../nbs/09_optimizers.ipynb #4d7ff1e1
@@ -266,6 +285,7 @@ def norm_bias_groups(model, no_decay=True, no_adapt=False):
     groups = [{'params': [o for o in named if o[1].ndim > 1]}, {'params': [o for o in named if o[1].ndim <= 1], **special}]
     return [g for g in groups if g['params']]
 
+# %% ../nbs/09_optimizers.ipynb #032ae0ca
 @patch
 def freeze(self: Optimizer, *groups, on=True):
     "No training of these groups (by index) until `freeze(…, on=False)`: their parameters want no gradient. State is kept."
@@ -277,6 +297,7 @@ def freeze(self: Optimizer, *groups, on=True):
 # %% ../nbs/09_optimizers.ipynb #79a5428e
 class NotBatched(Exception): "What was asked of a `TensorList` has no answer that holds for all of its tensors."
 
+# %% ../nbs/09_optimizers.ipynb #ff754c86
 class TensorList:
     """Tensors that answer as one: methods and arithmetic act on each, through `torch._foreach_*` where there is one.
 
@@ -286,23 +307,27 @@ class TensorList:
     def __init__(self, ts, log): object.__setattr__(self, 'ts', ts); object.__setattr__(self, 'seen', log)
     def __repr__(self): return f'TensorList({len(self.ts)} tensors)'
 
-    def each(self, f, args, kwargs):
-        "`f` on each tensor in turn, with the matching entries of every list among the arguments."
-        def pick(o, i): return o.ts[i] if isinstance(o, TensorList) else type(o)(pick(q, i) for q in o) if type(o) in (list, tuple) else o
-        return self.wrap([f(*pick(args, i), **{k: pick(v, i) for k, v in kwargs.items()}) for i in range(len(self.ts))])
-
-    def wrap(self, rs):
-        if all(torch.is_tensor(r) for r in rs): return TensorList(rs, self.seen)
-        if isinstance(rs[0], tuple) and rs[0] and torch.is_tensor(rs[0][0]): return tuple(self.wrap(list(r)) for r in zip(*rs))
-        if all(type(r) is type(rs[0]) and r == rs[0] for r in rs): return rs[0]
-        raise NotBatched('its tensors give different answers')
-
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         def lists(o): return [o] if isinstance(o, cls) else [q for x in o for q in lists(x)] if isinstance(o, (list, tuple)) else []
         first = lists([*args, *(kwargs or {}).values()])[0]
         if getattr(func, '__name__', '').endswith('_'): first.seen.append(func.__name__)
         return first.each(func, args, kwargs or {})
+
+# %% ../nbs/09_optimizers.ipynb #861851f5
+@patch
+def each(self: TensorList, f, args, kwargs):
+    "`f` on each tensor in turn, with the matching entries of every list among the arguments."
+    def pick(o, i): return o.ts[i] if isinstance(o, TensorList) else type(o)(pick(q, i) for q in o) if type(o) in (list, tuple) else o
+    return self.wrap([f(*pick(args, i), **{k: pick(v, i) for k, v in kwargs.items()}) for i in range(len(self.ts))])
+
+# %% ../nbs/09_optimizers.ipynb #068091e4
+@patch
+def wrap(self: TensorList, rs):
+    if all(torch.is_tensor(r) for r in rs): return TensorList(rs, self.seen)
+    if isinstance(rs[0], tuple) and rs[0] and torch.is_tensor(rs[0][0]): return tuple(self.wrap(list(r)) for r in zip(*rs))
+    if all(type(r) is type(rs[0]) and r == rs[0] for r in rs): return rs[0]
+    raise NotBatched('its tensors give different answers')
 
 # %% ../nbs/09_optimizers.ipynb #478e0de6
 def _tl_get(self, name):
@@ -313,12 +338,14 @@ def _tl_get(self, name):
         return self.each(getattr(torch.Tensor, name), (self, *args), kwargs)
     return method
 
+# %% ../nbs/09_optimizers.ipynb #f0041a50
 def _tl_set(self, name, value):
     self.seen.append(name)
     for i, t in enumerate(self.ts): setattr(t, name, value.ts[i] if isinstance(value, TensorList) else value)
 
 TensorList.__getattr__, TensorList.__setattr__ = _tl_get, _tl_set
 
+# %% ../nbs/09_optimizers.ipynb #79326338
 def _no(self, *args): raise NotBatched('a decision by value, of many tensors at once')
 for _n in ('__bool__', '__float__', '__int__', '__index__', '__len__', '__iter__', 'item', 'tolist'): setattr(TensorList, _n, _no)
 
@@ -349,9 +376,13 @@ for _n in ('sqrt', 'abs', 'neg', 'exp', 'log', 'reciprocal', 'sign'):
 for _n, _k in (('add', 1), ('sub', 1), ('mul', 1), ('div', 1), ('clamp_min', 1), ('clamp_max', 1), ('addcmul', 2), ('addcdiv', 2)):
     for _s in ('', '_'): setattr(TensorList, _n + _s, _foreach(_n + _s, _k, _k == 1, bool(_s)))
 TensorList.zero_, TensorList.norm = _foreach('zero_', 0, False, True), _foreach('norm', 0, False)
+
+# %% ../nbs/09_optimizers.ipynb #dc068c4a
 for _o, _n in (('add', 'add'), ('sub', 'sub'), ('mul', 'mul'), ('truediv', 'div')):
     setattr(TensorList, f'__{_o}__', getattr(TensorList, _n))
     setattr(TensorList, f'__i{_o}__', getattr(TensorList, _n + '_'))
+
+# %% ../nbs/09_optimizers.ipynb #1bce83f9
 TensorList.__radd__, TensorList.__rmul__, TensorList.__neg__, TensorList.__abs__ = TensorList.add, TensorList.mul, TensorList.neg, TensorList.abs
 TensorList.__rsub__ = lambda self, o: self.neg().add(o)
 TensorList.__rtruediv__ = lambda self, o: self.reciprocal().mul(o)
@@ -369,6 +400,7 @@ def _scatter(state, states):
         else:
             for s in states: s[k] = v
 
+# %% ../nbs/09_optimizers.ipynb #4a6bc169
 def _call(o, p, state, hypers):
     "A stat or a stepper on one parameter, or on a list of them; returns the state."
     if hasattr(o, 'update'): return o.update(p, dict(state), **hypers)
@@ -376,9 +408,11 @@ def _call(o, p, state, hypers):
     else: o(p, **state, **hypers)
     return state
 
+# %% ../nbs/09_optimizers.ipynb #a0a4d5ef
 def _call_each(o, ps, states, hypers):
     for i, p in enumerate(ps): states[i] = _call(o, p, states[i], hypers)
 
+# %% ../nbs/09_optimizers.ipynb #ad38cd7c
 @patch
 def chain(self: Optimizer):
     "What is done to a parameter, in order: steppers that go before the stats, the stats, the other steppers."
@@ -392,12 +426,14 @@ def _copies(ps, states):
     for q, p in zip(new, ps): q.grad = p.grad.detach().clone()
     return new, [{k: v.clone() if torch.is_tensor(v) else v for k, v in s.items()} for s in states]
 
+# %% ../nbs/09_optimizers.ipynb #6d79aa40
 def _same(a, b, rtol):
     def close(x, y): return torch.allclose(x, y, rtol, rtol*float(y.abs().max()) if y.numel() else 0., equal_nan=True) if torch.is_tensor(x) else x == y
     (ps, ss), (qs, ts) = a, b
     return all(close(p, q) and close(p.grad, q.grad) for p, q in zip(ps, qs)) and all(
         s.keys() == t.keys() and all(close(s[k], t[k]) for k in s) for s, t in zip(ss, ts))
 
+# %% ../nbs/09_optimizers.ipynb #4c9b43b7
 def _tolerance(p): return 1e-10 if p.dtype is torch.float64 else 1e-4 if p.dtype is torch.float32 else 2e-2
 
 # %% ../nbs/09_optimizers.ipynb #867106fd
@@ -419,6 +455,7 @@ def rehearse(self: Optimizer, ps, states, hypers):
                 if not _same(batched, now, _tolerance(ps[0])): self.no_batch(o, 'gives another result for many tensors at once')
             except Exception as e: self.no_batch(o, e)
 
+# %% ../nbs/09_optimizers.ipynb #d0079772
 @patch
 def no_batch(self: Optimizer, o, why):
     if not any(o is u for u in self.unbatched):
@@ -472,6 +509,7 @@ def _flat(t):
         step *= size
     return t.detach().as_strided((n,), (1,))
 
+# %% ../nbs/09_optimizers.ipynb #125e392a
 def _flat_set(p, state, old=None):
     """`[p, grad, *tensors of the state]` as flat views in one memory order; `None` where the orders differ.
 
@@ -490,23 +528,25 @@ class _Taped:
     def __init__(self, t, tape, grad=None): self.t, self.tape, self.grad = t, tape, grad
     data = property(lambda self: self)
 
-    def _do(self, name, f, args, kwargs):
-        tape, pattern = self.tape, [name]
-        def put(o, fixed):
-            if isinstance(o, _Taped): pattern.append('t'); return o.t
-            if type(o) not in _NUM or fixed: pattern.append(repr(o)); return o
-            pattern.append('n'); tape.nums.append(float(o))
-            return o if tape.vec is None else tape.vec[len(tape.nums) - 1]
-        args = [put(a, 'pow' in name or 'norm' in name) for a in args]
-        kwargs = {k: put(v, k not in ('alpha', 'value', 'min', 'max')) for k, v in kwargs.items()}
-        tape.ops.append((*pattern, *kwargs))
-        out = f(*args, **kwargs)
-        if not torch.is_tensor(out): raise NotBatched(f'{name} asks for what a flat tensor does not know')
-        return self if out is args[0] and name[-1] == '_' else _Taped(out, tape)
-
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         return next(o for o in args if isinstance(o, cls))._do(func.__name__, func, args, kwargs or {})
+
+# %% ../nbs/09_optimizers.ipynb #dbfe7293
+@patch
+def _do(self: _Taped, name, f, args, kwargs):
+    tape, pattern = self.tape, [name]
+    def put(o, fixed):
+        if isinstance(o, _Taped): pattern.append('t'); return o.t
+        if type(o) not in _NUM or fixed: pattern.append(repr(o)); return o
+        pattern.append('n'); tape.nums.append(float(o))
+        return o if tape.vec is None else tape.vec[len(tape.nums) - 1]
+    args = [put(a, 'pow' in name or 'norm' in name) for a in args]
+    kwargs = {k: put(v, k not in ('alpha', 'value', 'min', 'max')) for k, v in kwargs.items()}
+    tape.ops.append((*pattern, *kwargs))
+    out = f(*args, **kwargs)
+    if not torch.is_tensor(out): raise NotBatched(f'{name} asks for what a flat tensor does not know')
+    return self if out is args[0] and name[-1] == '_' else _Taped(out, tape)
 
 # %% ../nbs/09_optimizers.ipynb #441f91b8
 def _tape_get(self, name):
@@ -522,6 +562,7 @@ def _tape_get(self, name):
         return self._do(name, f, (self, *args), kwargs)
     return method
 
+# %% ../nbs/09_optimizers.ipynb #ff5c8670
 _Taped.__getattr__ = _tape_get
 for _n in ('__bool__', '__float__', '__int__', '__index__', '__len__', '__iter__', 'item', 'tolist'): setattr(_Taped, _n, _no)
 for _o in 'add radd sub rsub mul rmul truediv rtruediv pow neg abs iadd isub imul itruediv lt le gt ge and or invert'.split():
@@ -531,6 +572,7 @@ for _o in 'add radd sub rsub mul rmul truediv rtruediv pow neg abs iadd isub imu
 class _Tape:
     def __init__(self, vec=None): self.ops, self.nums, self.vec = [], [], vec
 
+# %% ../nbs/09_optimizers.ipynb #a95ca51b
 def _play(chain, tape, p, g, tensors, numbers, hypers):
     "Run the chain on taped tensors; returns the numbers of the state afterwards."
     p, state = _Taped(p, tape, _Taped(g, tape)), {**{k: _Taped(t, tape) for k, t in tensors.items()}, **numbers}
@@ -539,6 +581,7 @@ def _play(chain, tape, p, g, tensors, numbers, hypers):
         if state[k].t is not t: raise NotBatched(f'the state {k} is replaced, not changed in place')
     return {k: v for k, v in state.items() if not isinstance(v, _Taped)}
 
+# %% ../nbs/09_optimizers.ipynb #627b0b68
 def _compile(chain, like, keys, numbers, hypers):
     "The chain as one compiled function of `(vector of numbers, p, grad, *tensors of the state)`, all flat, like `like`, and of any length."
     from torch._inductor import compile                      # by itself: `torch.compile` would look at each argument anew at each call
@@ -594,12 +637,14 @@ def try_compile(self: Optimizer, p, state, keys, numbers, hypers, vec, after):
 # %% ../nbs/09_optimizers.ipynb #f1bb2d39
 def _keys(opt): return {opt.names.get(p, f'{i}.{j}'): p for i, ps in enumerate(opt.param_groups) for j, p in enumerate(ps)}
 
+# %% ../nbs/09_optimizers.ipynb #0b3c1f89
 @patch
 def name_params(self: Optimizer, model):
     "Give the parameters the names they have in `model`, so that a saved state finds them whatever the order or the groups."
     self.names = {p: n for n, p in model.named_parameters()}
     return self
 
+# %% ../nbs/09_optimizers.ipynb #dc650974
 @patch
 def state_dict(self: Optimizer):
     """Hypers per group and, by parameter, what the stats remember: plain tensors and numbers. The tensors are the optimizer's own, as torch's are.
@@ -607,6 +652,14 @@ def state_dict(self: Optimizer):
     A parameter's key is its name where the optimizer was given names, else `group.index`."""
     state = {k: dict(self.state[p]) for k, p in _keys(self).items() if p in self.state}
     return {'version': 1, 'params': list(_keys(self)), 'hypers': [{k: h[k] for k in self.hyper_names if k in h} for h in self.hypers], 'state': state}
+
+# %% ../nbs/09_optimizers.ipynb #075b53a7
+def _fit(v, p, what):
+    "A saved tensor `v` as the parameter `p` wants it: on its device, in its memory format."
+    if not torch.is_tensor(v): return v
+    if v.shape == p.shape: return torch.empty_like(p, dtype=v.dtype).copy_(v)
+    if v.ndim and v.numel() == p.numel() or v.ndim == p.ndim: raise ValueError(f'{what}: saved with shape {tuple(v.shape)}, the parameter has {tuple(p.shape)}')
+    return v.detach().clone().to(p.device)
 
 # %% ../nbs/09_optimizers.ipynb #118e4f10
 @patch
@@ -628,13 +681,6 @@ def load_state_dict(self: Optimizer, sd):
         new[p] = {n: _fit(v, p, f'{k}, {n}') for n, v in s.items()}
     for h, old in zip(self.hypers, sd['hypers']): h.update(old)
     self.state.clear(); self.state.update(new)
-
-def _fit(v, p, what):
-    "A saved tensor `v` as the parameter `p` wants it: on its device, in its memory format."
-    if not torch.is_tensor(v): return v
-    if v.shape == p.shape: return torch.empty_like(p, dtype=v.dtype).copy_(v)
-    if v.ndim and v.numel() == p.numel() or v.ndim == p.ndim: raise ValueError(f'{what}: saved with shape {tuple(v.shape)}, the parameter has {tuple(p.shape)}')
-    return v.detach().clone().to(p.device)
 
 # %% ../nbs/09_optimizers.ipynb #9e5ef351
 class TorchOptimizer(torch.optim.Optimizer):
@@ -680,6 +726,7 @@ def _generators(run):
     dl = run.data.train_dl
     return {id(g): g for g in (getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))) if g is not None}.values()
 
+# %% ../nbs/09_optimizers.ipynb #62912dc0
 class _Snapshot:
     "Everything a few training steps change: weights, buffers, optimizer, generators, modes, counters. `back()` puts it there again."
     def __init__(self, run):
@@ -692,17 +739,19 @@ class _Snapshot:
         self.cpu, self.py, self.gens = torch.get_rng_state(), random.getstate(), [(g, g.get_state()) for g in _generators(run)]
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
-    @torch.no_grad()
-    def back(self):
-        run = self.run
-        for t, old in self.tensors: t.copy_(old); t.grad = None
-        for m, on in self.modes: m.training = on
-        for h, old in zip(get_hypers(run.opt), self.hypers): h.clear(); h.update(old)
-        if hasattr(run.opt, 'state'): run.opt.state.clear(); run.opt.state.update(self.state)
-        run.n_iter, run.epoch, run.in_train = self.counts
-        torch.set_rng_state(self.cpu); random.setstate(self.py)
-        for g, s in self.gens: g.set_state(s)
-        if self.cuda is not None: torch.cuda.set_rng_state_all(self.cuda)
+# %% ../nbs/09_optimizers.ipynb #b7a4da15
+@patch
+@torch.no_grad()
+def back(self: _Snapshot):
+    run = self.run
+    for t, old in self.tensors: t.copy_(old); t.grad = None
+    for m, on in self.modes: m.training = on
+    for h, old in zip(get_hypers(run.opt), self.hypers): h.clear(); h.update(old)
+    if hasattr(run.opt, 'state'): run.opt.state.clear(); run.opt.state.update(self.state)
+    run.n_iter, run.epoch, run.in_train = self.counts
+    torch.set_rng_state(self.cpu); random.setstate(self.py)
+    for g, s in self.gens: g.set_state(s)
+    if self.cuda is not None: torch.cuda.set_rng_state_all(self.cuda)
 
 # %% ../nbs/09_optimizers.ipynb #ca4895fd
 class LR_Find(Callback):
@@ -737,6 +786,7 @@ def smooth(self: LR_Find, mom=.8):
     for i, l in enumerate(self.losses, 1): avg = mom*avg + (1 - mom)*l; out.append(avg/debias(mom, 1 - mom, i))
     return out
 
+# %% ../nbs/09_optimizers.ipynb #ba24e332
 @patch(as_prop=True)
 def suggestion(self: LR_Find):
     "A quarter of the rate at which the smoothed loss is lowest. Raises `ValueError` where the loss never fell."
@@ -745,6 +795,7 @@ def suggestion(self: LR_Find):
     if len(ys) < 10 or i < 3: raise ValueError(f'the loss did not fall over {len(ys)} batches from lr {self.min_lr:g} on: no rate to suggest')
     return self.lrs[i]/4
 
+# %% ../nbs/09_optimizers.ipynb #da9d5e4b
 @patch
 def plot(self: LR_Find, ax=None):
     "Loss against rate (log scale), smoothed, with the suggestion."
