@@ -34,6 +34,7 @@ class Dataset:
 # %% ../nbs/04_callbacks.ipynb #e0e36898
 def _is_batch(b): return b          # __getitems__ has stacked the batch already; a named function, so that it pickles
 
+# %% ../nbs/04_callbacks.ipynb #22e94bc0
 def get_dls(train_ds, valid_ds, bs, seed=None, **kwargs):
     "`(train, valid)` DataLoaders: training shuffled (by a generator of its own where `seed` is given), validation in order with batches of 2·bs."
     if bs < 1: raise ValueError(f'the batch size must be at least 1, not {bs}')
@@ -43,6 +44,7 @@ def get_dls(train_ds, valid_ds, bs, seed=None, **kwargs):
     if isinstance(train_ds, Dataset) and torch.is_tensor(train_ds.x): kwargs.setdefault('collate_fn', _is_batch)
     return (DataLoader(train_ds, bs, shuffle=True, generator=g, **kwargs), DataLoader(valid_ds, bs*2, shuffle=False, **kwargs))
 
+# %% ../nbs/04_callbacks.ipynb #d4daf459
 class DataBunch:
     "Training and validation loaders with what a model must know of them: channels in (`c_in`) and classes out (`c_out`)."
     def __init__(self, train_dl, valid_dl, c_in=None, c_out=None):
@@ -57,6 +59,7 @@ class CancelBatchException(Exception): "Raised by a callback: leave this batch, 
 class CancelEpochException(Exception): "Raised by a callback: leave this pass over the data."
 class CancelFitException(Exception): "Raised by a callback: end the fit here."
 
+# %% ../nbs/04_callbacks.ipynb #a2acbb7f
 EVENTS = ('begin_fit', 'begin_epoch', 'begin_validate', 'begin_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step',
           'after_cancel_batch', 'after_batch', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
 
@@ -64,6 +67,7 @@ class Callback:
     "Optional base of callbacks: any class with methods named as in `EVENTS` will do. Called in the order of `_order`, then as listed."
     _order = 0
 
+# %% ../nbs/04_callbacks.ipynb #cdbaa45c
 def check_events(cb):
     "Raise `AttributeError` for a method that looks like an event but is none (`after_bacth`), with the nearest that is."
     for name in dir(cb):
@@ -85,19 +89,21 @@ class Runner:
             f = getattr(cb, event, None)
             if f: f(self)
 
-    def one_batch(self, i, xb, yb):
-        try:
-            self.iter, self.xb, self.yb = i, xb, yb
-            self('begin_batch')
-            self.pred = self.model(self.xb);                     self('after_pred')
-            self.loss = self.loss_func(self.pred, self.yb);      self('after_loss')
-            if self.in_train:
-                self.loss.backward();                            self('after_backward')
-                self.opt.step();                                 self('after_step')
-                self.opt.zero_grad()
-                self.n_iter += 1
-            self('after_batch')
-        except CancelBatchException: self.opt.zero_grad(); self('after_cancel_batch')
+# %% ../nbs/04_callbacks.ipynb #e396b5cc
+@patch
+def one_batch(self: Runner, i, xb, yb):
+    try:
+        self.iter, self.xb, self.yb = i, xb, yb
+        self('begin_batch')
+        self.pred = self.model(self.xb);                     self('after_pred')
+        self.loss = self.loss_func(self.pred, self.yb);      self('after_loss')
+        if self.in_train:
+            self.loss.backward();                            self('after_backward')
+            self.opt.step();                                 self('after_step')
+            self.opt.zero_grad()
+            self.n_iter += 1
+        self('after_batch')
+    except CancelBatchException: self.opt.zero_grad(); self('after_cancel_batch')
 
 # %% ../nbs/04_callbacks.ipynb #53ef96cd
 @patch
@@ -111,6 +117,7 @@ def all_batches(self: Runner, dl, train):
             for i, (xb, yb) in enumerate(dl): self.one_batch(i, xb, yb)
     except CancelEpochException: self.opt.zero_grad(); self('after_cancel_epoch')
 
+# %% ../nbs/04_callbacks.ipynb #28f49246
 @patch
 def fit(self: Runner, epochs):
     "Train for `epochs` passes, validating after each. Called again it goes on from where it stopped."
@@ -147,6 +154,7 @@ class AvgStats:
     def __repr__(self):
         return f"{'train' if self.in_train else 'valid'}: [{', '.join(f'{v:.4f}' for v in self.avg_stats)}]" if self.count else ''
 
+# %% ../nbs/04_callbacks.ipynb #d00756ca
 def metric_name(m):
     "A metric's name for tables: that of the function, also inside a `partial`, or of the class."
     return getattr(m, '__name__', None) or getattr(getattr(m, 'func', None), '__name__', None) or type(m).__name__
@@ -170,10 +178,13 @@ class AvgStatsCallback(Callback):
         vals = [v for t in (True, False) for v in self.stats[t].avg_stats or [float('nan')]*len(self.names)]
         self.rows.append(dict(zip(self.heads, [run.epoch, *vals, time.perf_counter() - self.started])))
         if not self.silent: run.logger(self.line(self.rows[-1]))
-    def line(self, row):
-        none = [t for t in ('train', 'valid') if self.names[1:] and all(row[f'{t}_{n}'] != row[f'{t}_{n}'] for n in self.names)]
-        def show(k, v): return str(v) if k == 'epoch' else f'{v:.1f} s' if k == 'time' else '–' if k[:5] in none else f'{v:.4f}'   # no such pass
-        return '  '.join(f'{show(k, v):>{max(8, len(k))}}' for k, v in row.items())
+
+# %% ../nbs/04_callbacks.ipynb #69ad62b2
+@patch
+def line(self: AvgStatsCallback, row):
+    none = [t for t in ('train', 'valid') if self.names[1:] and all(row[f'{t}_{n}'] != row[f'{t}_{n}'] for n in self.names)]
+    def show(k, v): return str(v) if k == 'epoch' else f'{v:.1f} s' if k == 'time' else '–' if k[:5] in none else f'{v:.4f}'   # no such pass
+    return '  '.join(f'{show(k, v):>{max(8, len(k))}}' for k, v in row.items())
 
 # %% ../nbs/04_callbacks.ipynb #c2934a7f
 def default_device():
@@ -181,6 +192,7 @@ def default_device():
     if torch.cuda.is_available(): return torch.device('cuda')
     return torch.device('mps') if torch.backends.mps.is_available() else torch.device('cpu')
 
+# %% ../nbs/04_callbacks.ipynb #e7d284d6
 class CudaCallback(Callback):
     "Moves model and batches to `device` (default: the best there is)."
     _order = -10
@@ -192,6 +204,7 @@ class CudaCallback(Callback):
                 if torch.is_tensor(v) and v.dim(): s[k] = v.to(self.device)
     def begin_batch(self, run): run.xb, run.yb = (t.to(self.device, non_blocking=True) for t in (run.xb, run.yb))
 
+# %% ../nbs/04_callbacks.ipynb #d694eb95
 class BatchTransformXCallback(Callback):
     "Replaces each batch's inputs by `tfm(xb)`."
     _order = 2
@@ -208,6 +221,7 @@ def _new_axes():
     import matplotlib.pyplot as plt                             # here, so that importing exp does not wait for it
     return plt.subplots(figsize=(5, 2.6), dpi=70)[1]
 
+# %% ../nbs/04_callbacks.ipynb #c30a8996
 class Recorder(Callback):
     "Keeps the training loss and the hyper-parameters of `opt`'s last group after every batch; `plot_loss()`, `plot('lr')`."
     _order = 20
@@ -222,17 +236,21 @@ class Recorder(Callback):
     @property
     def losses(self): return torch.stack(self.raw).cpu().float().tolist() if getattr(self, 'raw', None) else []
 
-    def plot_loss(self, smooth=.98, ax=None):
-        "Loss against batch, with its debiased moving average."
-        avg, ys = 0., []
-        for i, l in enumerate(self.losses, 1): avg = smooth*avg + (1-smooth)*l; ys.append(avg/(1-smooth**i))
-        ax = ax or _new_axes()
-        ax.plot(self.losses, alpha=.25); ax.plot(ys); ax.set(xlabel='batch', ylabel='training loss', title='loss per batch, and its moving average')
-        return ax
+# %% ../nbs/04_callbacks.ipynb #c96fcc76
+@patch
+def plot_loss(self: Recorder, smooth=.98, ax=None):
+    "Loss against batch, with its debiased moving average."
+    avg, ys = 0., []
+    for i, l in enumerate(self.losses, 1): avg = smooth*avg + (1-smooth)*l; ys.append(avg/(1-smooth**i))
+    ax = ax or _new_axes()
+    ax.plot(self.losses, alpha=.25); ax.plot(ys); ax.set(xlabel='batch', ylabel='training loss', title='loss per batch, and its moving average')
+    return ax
 
-    def plot(self, name, ax=None):
-        "The hyper-parameter `name` against batch."
-        if name not in self.hypers: raise ValueError(f'nothing recorded under {name!r}; there is {", ".join(self.hypers) or "nothing yet"}')
-        ax = ax or _new_axes()
-        ax.plot(self.hypers[name]); ax.set(xlabel='batch', ylabel=name, title=f'{name} per batch')
-        return ax
+# %% ../nbs/04_callbacks.ipynb #83c46c46
+@patch
+def plot(self: Recorder, name, ax=None):
+    "The hyper-parameter `name` against batch."
+    if name not in self.hypers: raise ValueError(f'nothing recorded under {name!r}; there is {", ".join(self.hypers) or "nothing yet"}')
+    ax = ax or _new_axes()
+    ax.plot(self.hypers[name]); ax.set(xlabel='batch', ylabel=name, title=f'{name} per batch')
+    return ax

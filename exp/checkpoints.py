@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+# %% ../nbs/09d_checkpoints.ipynb #ae624286
 from .batchnorm import BatchNorm, RunningBatchNorm
 from .callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CudaCallback, DataBunch, Recorder, get_hypers
 from .convnets import GeneralRelu, Lambda, flatten
@@ -27,6 +28,7 @@ from .learner import EarlyStopping, GradientAccumulation, Learner, SaveBest, fit
 # %% ../nbs/09d_checkpoints.ipynb #f9e9970e
 class CheckpointError(ValueError): "A file that was refused, or could not be written; the message says which and why. Nothing has been changed."
 
+# %% ../nbs/09d_checkpoints.ipynb #8cb5a977
 def plain(o, where='it'):
     """A copy of `o` in plain types only: tensors (detached, on the CPU), numbers, text, None; lists, tuples, dicts of them.
 
@@ -42,6 +44,14 @@ def plain(o, where='it'):
     if isinstance(o, (list, tuple)): return (list if isinstance(o, list) else tuple)(plain(v, f'{where}[{i}]') for i, v in enumerate(o))
     raise TypeError(f'{where} is a {type(o).__name__}: a file takes tensors, numbers, text, and lists and dicts of these')
 
+# %% ../nbs/09d_checkpoints.ipynb #c416f378
+def _sync_folder(folder):
+    "Make the names in `folder` outlast a power cut. Windows has no such call and does not need one."
+    if os.name == 'nt': return
+    fd = os.open(folder, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
 # %% ../nbs/09d_checkpoints.ipynb #bb28e732
 class _File:
     "Remembers why writing failed: torch's own message about a full disk does not mention the disk."
@@ -51,6 +61,7 @@ class _File:
         try: return self.f.write(b)
         except OSError as e: self.error = e; raise
 
+# %% ../nbs/09d_checkpoints.ipynb #1ce089ab
 def write_atomic(path, write):
     "Make the file `path` by `write(f)`: afterwards it is there whole and safe on the disk, or as it was before. Raises `CheckpointError`."
     path, out = Path(path), None
@@ -67,19 +78,12 @@ def write_atomic(path, write):
         raise CheckpointError(f'{path}: not written ({getattr(why, "strerror", None) or why}); what was there before is untouched') from e
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/09d_checkpoints.ipynb #c416f378
-def _sync_folder(folder):
-    "Make the names in `folder` outlast a power cut. Windows has no such call and does not need one."
-    if os.name == 'nt': return
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
 # %% ../nbs/09d_checkpoints.ipynb #ce0216db
 FORMAT, VERSION = 'exp.checkpoints', 1
 PARTS = {'weights': 'model', 'export': 'layers model cbs data c_in c_out',
          'checkpoint': 'position n_epochs n_iter facts run attempt model opt grads now at_pass valid callbacks'}
 
+# %% ../nbs/09d_checkpoints.ipynb #69f23834
 def write_file(path, kind, state):
     "Write the dict `state` of plain types as a file of `kind`, atomically."
     head = {'format': FORMAT, 'version': VERSION, 'kind': kind, 'torch': str(torch.__version__)}
@@ -99,6 +103,7 @@ def _refuse(f):
             if name := z.testzip(): return f'it is damaged: the checksum of its part {name} is wrong'
     except Exception as e: return f'it is damaged ({e})'
 
+# %% ../nbs/09d_checkpoints.ipynb #a205cff5
 def _load(path):
     "What is in a file of torch's, plain types only: refused before a byte of it is interpreted where the container is not whole."
     try: f = open(path, 'rb')
@@ -134,6 +139,7 @@ def bare(model):
         elif hasattr(model, '_orig_mod'): model = model._orig_mod
         else: return model
 
+# %% ../nbs/09d_checkpoints.ipynb #693222c1
 def _differences(model, sd):
     "Sentences on what does not fit between `model` and the state dict `sd`, in the order of the model."
     here = model.state_dict()
@@ -144,6 +150,7 @@ def _differences(model, sd):
         elif o.is_floating_point() != t.is_floating_point(): yield f'{k} is {o.dtype} in the file and {t.dtype} in the model'
     yield from (f'{k} is in the file only' for k in sd if k not in here)
 
+# %% ../nbs/09d_checkpoints.ipynb #0a80ec5c
 def check_model(path, model, sd):
     "Raise `CheckpointError` where the state dict `sd` of the file is not of this architecture, naming the first difference."
     if not isinstance(sd, dict): raise CheckpointError(f'{path}: refused, there are no weights in it')
@@ -153,7 +160,9 @@ def check_model(path, model, sd):
 # %% ../nbs/09d_checkpoints.ipynb #c2b43f88
 def _inner(opt): return getattr(opt, 'opt', opt)                            # of ours in a TorchOptimizer
 def _fname(f): return getattr(f, '__name__', None) or getattr(getattr(f, 'func', None), '__name__', None) or type(f).__name__
+def _short(o): s = o if isinstance(o, str) else ' | '.join(', '.join(g) for g in o); return s if len(s) < 120 else s[:120] + '…'
 
+# %% ../nbs/09d_checkpoints.ipynb #e259553a
 def opt_state(opt, model):
     "An optimizer's state in plain types, with what is needed to know it again: its kind, and its parameters' names by group."
     opt, names = _inner(opt), {id(p): n for n, p in bare(model).named_parameters()}
@@ -162,6 +171,7 @@ def opt_state(opt, model):
     kind = f'{type(opt).__name__}({", ".join(_fname(o) for o in [*getattr(opt, "stats", ()), *getattr(opt, "steppers", ())])})'
     return {'kind': kind, 'groups': groups, 'state': plain(opt.state_dict(), 'the optimizer')}
 
+# %% ../nbs/09d_checkpoints.ipynb #a9539440
 def load_opt(path, opt, model, saved):
     "Put a state of `opt_state` into `opt`. Raises `CheckpointError` where it is of another optimizer or other parameters."
     mine = opt_state(opt, model)
@@ -169,8 +179,6 @@ def load_opt(path, opt, model, saved):
         if saved[k] != mine[k]: raise CheckpointError(f'{path}: refused, its {what}: {_short(saved[k])}; here: {_short(mine[k])}')
     try: _inner(opt).load_state_dict(copy.deepcopy(saved['state']))
     except (ValueError, KeyError, TypeError) as e: raise CheckpointError(f'{path}: refused, its optimizer: {e}') from None
-
-def _short(o): s = o if isinstance(o, str) else ' | '.join(', '.join(g) for g in o); return s if len(s) < 120 else s[:120] + '…'
 
 # %% ../nbs/09d_checkpoints.ipynb #0106e929
 @patch
@@ -186,6 +194,7 @@ def save(self: Learner, path, opt=True):
         write_file(path, 'weights', {'model': model.state_dict(), **({'opt': opt_state(self.opt, model)} if opt and self.opt is not None else {})})
     return Path(path)
 
+# %% ../nbs/09d_checkpoints.ipynb #98fe13eb
 def _safetensors():
     try: import safetensors.torch
     except ImportError: raise ImportError('files that end in .safetensors need the package: pip install safetensors') from None
@@ -221,6 +230,7 @@ def rng_state():
             'cuda': torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else [],
             'mps': torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
 
+# %% ../nbs/09d_checkpoints.ipynb #f6d7f3da
 def set_rng_state(s):
     "Put all generators to where `rng_state` found them; those of devices as far as there are such devices here."
     torch.set_rng_state(s['torch'])
@@ -238,11 +248,13 @@ def _parts(dl):
 
 def _gens(owners): return list({id(g): g for o in owners for _, g in sorted(getattr(o, '__dict__', {}).items()) if isinstance(g, torch.Generator)}.values())
 
+# %% ../nbs/09d_checkpoints.ipynb #56f77884
 def loader_state(dl):
     "What decides the coming order of a loader, in plain types: its generators, and its samplers' `seed` and `epoch` where they have them."
     return {'generators': [g.get_state() for g in _gens(_parts(dl))],
             'numbers': [{k: v for k in ('seed', 'epoch') if isinstance(v := getattr(o, k, None), int)} for o in _parts(dl)]}
 
+# %% ../nbs/09d_checkpoints.ipynb #8b842818
 def load_loader_state(dl, s):
     "Put a loader back to where `loader_state` found it."
     for g, t in zip(_gens(_parts(dl)), s['generators']): g.set_state(t)
@@ -262,19 +274,22 @@ class _Rest:
         for _ in zip(range(self.skip), it): yield None                      # loaded and dropped: all generators see what they saw
         self.then()
         yield from it
-    def unread(self):
-        "For a loader whose order is a function of seed and epoch: the batches before are not even loaded."
-        yield from itertools.repeat(None, self.skip)
-        order = self.dl.sampler
-        whole = order.batches
-        order.batches = lambda: itertools.islice(whole(), self.skip, None)  # for this one pass
-        try:
-            it = iter(self.dl)
-            self.then()
-            first = next(it, None)                                          # here the loader has asked for its order
-        finally: del order.batches
-        if first is not None: yield first
-        yield from it
+
+# %% ../nbs/09d_checkpoints.ipynb #e7718392
+@patch
+def unread(self: _Rest):
+    "For a loader whose order is a function of seed and epoch: the batches before are not even loaded."
+    yield from itertools.repeat(None, self.skip)
+    order = self.dl.sampler
+    whole = order.batches
+    order.batches = lambda: itertools.islice(whole(), self.skip, None)  # for this one pass
+    try:
+        it = iter(self.dl)
+        self.then()
+        first = next(it, None)                                          # here the loader has asked for its order
+    finally: del order.batches
+    if first is not None: yield first
+    yield from it
 
 # %% ../nbs/09d_checkpoints.ipynb #7f97bf3b
 def keeps(*names):
@@ -288,6 +303,7 @@ def keeps(*names):
         return cls
     return _inner
 
+# %% ../nbs/09d_checkpoints.ipynb #c4cc1ca8
 keeps('best', 'best_epoch', 'waited')(EarlyStopping)
 keeps('best', 'best_epoch', 'weights')(SaveBest)
 keeps('batches', 'items')(GradientAccumulation)
@@ -302,6 +318,7 @@ def state_dict(self: Recorder):
 def load_state_dict(self: Recorder, sd):
     self.raw, self.hypers = [] if sd['raw'] is None else list(sd['raw']), {k: v.tolist() for k, v in sd['hypers'].items()}
 
+# %% ../nbs/09d_checkpoints.ipynb #a3540f18
 @patch
 def state_dict(self: AvgStatsCallback): return {'heads': self.heads, 'rows': self.rows, 'stats': {t: [s.count, s.totals] for t, s in self.stats.items()}}
 @patch
@@ -336,12 +353,6 @@ class Checkpoint(Callback):
         if keep < 1 or every is not None and every < 1: raise ValueError(f'keep ({keep}) and every ({every}) must be at least 1')
         self.folder, self.every, self.keep, self.found = Path(folder), every, keep, None
 
-    def files(self, run='*'):
-        "The checkpoints in the folder, newest run first, newest of a run first."
-        return sorted(self.folder.glob(f'{run}.[0-9]*.pt'), reverse=True)
-
-    def name(self, n_iter): return f'{self.run}.{self.attempt:03d}-{self.token}.{n_iter:08d}.pt'
-
     def begin_fit(self, run):
         now, self.attempt, self.token = time.time(), 1, secrets.token_hex(2)
         self.run = f'{time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))}-{int(now%1*1e6):06d}-{secrets.token_hex(2)}'
@@ -355,6 +366,15 @@ class Checkpoint(Callback):
     def after_epoch(self, run): run.data, self.at_pass = self.data, None; self.write(run, run.epoch + 1, 0)
     def after_fit(self, run): self.found = None
 
+# %% ../nbs/09d_checkpoints.ipynb #e87b4a45
+@patch
+def files(self: Checkpoint, run='*'):
+    "The checkpoints in the folder, newest run first, newest of a run first."
+    return sorted(self.folder.glob(f'{run}.[0-9]*.pt'), reverse=True)
+
+@patch
+def name(self: Checkpoint, n_iter): return f'{self.run}.{self.attempt:03d}-{self.token}.{n_iter:08d}.pt'
+
 # %% ../nbs/09d_checkpoints.ipynb #02e38ac2
 @patch
 def state(self: Checkpoint, run, epoch, batch):
@@ -366,9 +386,11 @@ def state(self: Checkpoint, run, epoch, batch):
                   'callbacks': [[type(cb).__name__, cb.state_dict() if hasattr(cb, 'state_dict') else None, [g.get_state() for g in _gens([cb])]] for cb in self.others(run)]},
                  'checkpoint')
 
+# %% ../nbs/09d_checkpoints.ipynb #1568b258
 @patch
 def others(self: Checkpoint, run): return [cb for cb in run.cbs if not isinstance(cb, Checkpoint) and (hasattr(cb, 'state_dict') or _gens([cb]))]
 
+# %% ../nbs/09d_checkpoints.ipynb #97b25387
 @patch
 def write(self: Checkpoint, run, epoch, batch):
     "Write a checkpoint, then remove those of this run that are too many."
@@ -395,6 +417,7 @@ def start(self: Checkpoint, learn):
     if broken: raise CheckpointError(f'none of the {len(broken)} checkpoints in {self.folder} can be read: {broken[0]}')
     return 0, 0
 
+# %% ../nbs/09d_checkpoints.ipynb #e2411f8d
 def _brief(o): return str(o) if len(str(o)) < 80 else str(o)[:80] + '…'
 
 # %% ../nbs/09d_checkpoints.ipynb #513fe2b8
@@ -413,6 +436,7 @@ def restore(self: Checkpoint, run):
     if d['valid'] is not None: load_loader_state(self.data.valid_dl, d['valid'])
     load_loader_state(self.data.train_dl, d['now']['train']); set_rng_state(d['now']['rng'])
 
+# %% ../nbs/09d_checkpoints.ipynb #201e2016
 @patch
 def rejoin(self: Checkpoint, run):
     "At the beginning of the first epoch: into the middle of it, if that is where the run was."
@@ -434,6 +458,7 @@ def _on(o, device):
     if isinstance(o, dict): return {k: _on(v, device) for k, v in o.items()}
     return type(o)(_on(v, device) for v in o) if isinstance(o, (list, tuple)) else o
 
+# %% ../nbs/09d_checkpoints.ipynb #724c0e03
 @patch
 def load_callbacks(self: Checkpoint, run, d=None):
     "Give each callback its saved state, matched by class and order; what finds no partner is named in a warning."
@@ -455,6 +480,7 @@ def register(*things):
     for o in things: _KNOWN[f'{o.__module__}.{o.__qualname__}'] = o
     return things[0]
 
+# %% ../nbs/09d_checkpoints.ipynb #401408ee
 register(make_rgb, to_byte_tensor, to_float_tensor, flatten, ResizeFixed, NormalizeBytes, CategoryProcessor, MultiCategoryProcessor, NumberProcessor,
          ItemList, ImageList, BatchTransformXCallback, GeneralRelu, Lambda, BatchNorm, RunningBatchNorm)
 
@@ -464,6 +490,7 @@ def _name(o):
     name = f'{getattr(o, "__module__", "")}.{getattr(o, "__qualname__", "")}'
     return name if _KNOWN.get(name) is o else None
 
+# %% ../nbs/09d_checkpoints.ipynb #5957021d
 def _find(name):
     if name not in _KNOWN and re.fullmatch(r'exp\.[a-z]\w*\.\w+', name):        # a module of ours, which registers what it has
         try: importlib.import_module(name.rpartition('.')[0])
@@ -476,6 +503,7 @@ def _find(name):
 # %% ../nbs/09d_checkpoints.ipynb #49dda163
 _MODULE = set(vars(nn.Module())) - {'training'}                             # what every module has: parameters, children, hooks
 
+# %% ../nbs/09d_checkpoints.ipynb #d34d654c
 def pack(o, where='it'):
     "`o` in plain types: a registered function is its name, a registered object its class's name and its attributes, a module its layers too."
     if o is None or isinstance(o, (bool, int, float, str, np.generic)) or torch.is_tensor(o): return plain(o, where)
@@ -515,6 +543,7 @@ def unpack(r):
 # %% ../nbs/09d_checkpoints.ipynb #773c57a5
 _SHAPES_A_BATCH = 'begin_validate', 'begin_batch', 'after_pred'
 
+# %% ../nbs/09d_checkpoints.ipynb #b4c2b7e0
 @patch
 def export(self: Learner, path, model=True, cbs=None):
     """Write what predicting needs: the model with its layers, the transforms of the validation set, the labels' words, the callbacks that shape a batch.
@@ -554,6 +583,7 @@ def load_learner(path, model=None, device=None):
     if model is not None: check_model(path, bare(net), given); bare(net).load_state_dict(given)
     return Learner(net.eval(), data, None, cbs=[CudaCallback(device or 'cpu'), *cbs])
 
+# %% ../nbs/09d_checkpoints.ipynb #0de6688b
 class _Words:
     "The labels' side of a data set without the labels: its processors."
     def __init__(self, procs): self.procs = procs

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+# %% ../nbs/08_data_block.ipynb #c5db7acb
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,7 @@ from .datasets import DataError
 # %% ../nbs/08_data_block.ipynb #a2a66011
 image_extensions = frozenset('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
 
+# %% ../nbs/08_data_block.ipynb #2b00bae8
 def get_files(path, extensions=None, recurse=False, include=None):
     """The files in `path` as a `PathList`, folder by folder and sorted by name, the same on every machine.
 
@@ -52,6 +54,7 @@ def get_files(path, extensions=None, recurse=False, include=None):
         todo += sorted(folders, reverse=True)
     return PathList(root, found)
 
+# %% ../nbs/08_data_block.ipynb #a8e21b52
 def _leads_back(entry):
     "A link to a folder above itself would be walked for ever."
     return entry.is_symlink() and os.path.realpath(os.path.dirname(entry.path) + '/x').startswith(os.path.realpath(entry.path) + os.sep)
@@ -60,18 +63,13 @@ def _leads_back(entry):
 class PathList:
     """Paths under `root`, kept as one block of bytes: `[i]` is a `Path`; a slice, a list of indices or a mask gives a `PathList` on the same block.
 
-    A list of a million `Path`s takes some 500 MB, and each worker that counts references to them gets its own copy of every page; this takes a fifth."""
+    A list of a million `Path`s takes some 500 MB, and each worker that counts references to them gets its own copy of every page; this takes a tenth."""
     def __init__(self, root, names):
         self.root, self.idx = Path(root), None
         self.block = '\0'.join(names).encode('utf-8', 'surrogateescape')              # no name holds a zero byte
         ends = np.flatnonzero(np.frombuffer(self.block, np.uint8) == 0)
         self.ends = np.append(ends, len(self.block)) if len(names) else ends
     def __len__(self): return len(self.ends if self.idx is None else self.idx)
-    def name(self, i):
-        "The path relative to `root`, as a string with forward slashes."
-        if not -len(self) <= i < len(self): raise IndexError(f'no path {i} of {len(self):,}')
-        i = self.idx[i] if self.idx is not None else i % len(self)
-        return self.block[self.ends[i-1] + 1 if i > 0 else 0:self.ends[i]].decode('utf-8', 'surrogateescape')
     def __getitem__(self, i):
         if isinstance(i, (int, np.integer)): return self.root/self.name(i)
         res = copy.copy(self)
@@ -80,6 +78,14 @@ class PathList:
     def __iter__(self): return (self[i] for i in range(len(self)))
     def __eq__(self, other): return len(self) == len(other) and all(a == b for a, b in zip(self, other))
     def __repr__(self): return f'{len(self):,} paths in {self.root}: ' + ', '.join(self.name(i) for i in range(min(3, len(self)))) + (', …' if len(self) > 3 else '')
+
+# %% ../nbs/08_data_block.ipynb #89432647
+@patch
+def name(self: PathList, i):
+    "The path relative to `root`, as a string with forward slashes."
+    if not -len(self) <= i < len(self): raise IndexError(f'no path {i} of {len(self):,}')
+    i = self.idx[i] if self.idx is not None else i % len(self)
+    return self.block[self.ends[i-1] + 1 if i > 0 else 0:self.ends[i]].decode('utf-8', 'surrogateescape')
 
 # %% ../nbs/08_data_block.ipynb #30a2e42f
 def _pick(items, idx):
@@ -92,6 +98,7 @@ def _pick(items, idx):
     if not len(idx): idx = idx.astype(int)
     return items[idx] if isinstance(items, (PathList, np.ndarray, torch.Tensor)) else [items[int(i)] for i in idx]
 
+# %% ../nbs/08_data_block.ipynb #4d04a9fb
 class ListContainer:
     "A list that also takes a list of indices or a mask, and prints its length and its first ten."
     def __init__(self, items): self.items = items if hasattr(items, '__getitem__') and not isinstance(items, (str, bytes, dict)) else list(items)
@@ -119,6 +126,7 @@ def describe(x):
     if isinstance(x, (torch.Tensor, np.ndarray)): return f'{str(x.dtype).replace("torch.", "")} {tuple(x.shape)}, {_span(x)}'
     return f'{type(x).__name__} {"/".join(x.parts[-3:]) if isinstance(x, Path) else str(x)[-60:]}'
 
+# %% ../nbs/08_data_block.ipynb #6d19d402
 def _span(a):
     if not np.prod(a.shape): return 'empty'
     return ' – '.join(f'{v:.3g}' for v in (float(a.min()), float(a.max())))
@@ -144,13 +152,17 @@ class ItemList(ListContainer):
     def __getitem__(self, idx):
         if isinstance(idx, slice) or np.ndim(idx): return [self._one(o) for o in _pick(self.items, idx)]
         return self._one(self.items[idx])
-    def _one(self, item, n=None):
-        x = self.get(item)
-        for t in self._tfms[:n]:
-            try: x = t(x)
-            except Exception as e: raise RuntimeError(f'{item}: {step_name(t)} failed on {describe(x)} ({type(e).__name__}: {e})') from e
-        return x
 
+# %% ../nbs/08_data_block.ipynb #e2d79296
+@patch
+def _one(self: ItemList, item, n=None):
+    x = self.get(item)
+    for t in self._tfms[:n]:
+        try: x = t(x)
+        except Exception as e: raise RuntimeError(f'{item}: {step_name(t)} failed on {describe(x)} ({type(e).__name__}: {e})') from e
+    return x
+
+# %% ../nbs/08_data_block.ipynb #d64c2356
 def _key(il, i):
     "A name for item `i` that does not change when the folder moves or other files come: its path below `il.path`, else its text."
     if isinstance(il.items, PathList) and il.items.root == il.path: return il.items.name(i)
@@ -183,6 +195,7 @@ def fast_decoder():
     a, b = np.asarray(Image.open(buf), int), np.asarray(simplejpeg.decode_jpeg(buf.getvalue()), int)
     return simplejpeg if a.shape == b.shape and abs(a - b).mean() <= 2 else None
 
+# %% ../nbs/08_data_block.ipynb #95c1efdd
 def _open_fast(fn, draft):
     "A grey or colour JPEG with no EXIF and nothing to draft, as a PIL image; None for all others, and for broken files: they are Pillow's."
     if os.path.splitext(fn)[1].lower() not in ('.jpg', '.jpeg') or not (sj := fast_decoder()): return None
@@ -224,10 +237,13 @@ class ImageList(ItemList):
         if not len(items): raise DataError(f'no images in {path} ({", ".join(sorted([exts] if isinstance(exts, str) else exts))})')
         return cls(items, path, **kwargs)
     def get(self, fn): return open_image(fn, self._draft(), self.max_pixels, self.fast)
-    def _draft(self):
-        "The size a JPEG must at least be decoded at: known where the first thing done to the whole picture is to shrink it."
-        first = next((t for t in self._tfms if t is not make_rgb), None)
-        return getattr(first, 'draft', None)
+
+# %% ../nbs/08_data_block.ipynb #86ff90ac
+@patch
+def _draft(self: ImageList):
+    "The size a JPEG must at least be decoded at: known where the first thing done to the whole picture is to shrink it."
+    first = next((t for t in self._tfms if t is not make_rgb), None)
+    return getattr(first, 'draft', None)
 
 # %% ../nbs/08_data_block.ipynb #16120f41
 def make_rgb(item):
@@ -270,6 +286,7 @@ def to_byte_tensor(item):
     return torch.from_numpy(a if a.ndim == 3 else a[..., None]).permute(2, 0, 1)
 to_byte_tensor._order = 20
 
+# %% ../nbs/08_data_block.ipynb #426561f7
 def to_float_tensor(item):
     "uint8 0–255 to float32 0–1, any shape."
     return item.float().div_(255.)
@@ -300,6 +317,7 @@ def show_image(im, title='', ax=None, figsize=(2, 2)):
     ax.imshow(im, cmap='gray' if np.ndim(im) == 2 or getattr(im, 'mode', '') == 'L' else None); ax.set_title(title, fontsize=7); ax.axis('off')
     return ax
 
+# %% ../nbs/08_data_block.ipynb #f19c0c4b
 def show_images(ims, titles=(), title='', cols=8):
     "Rows of pictures, each with its title."
     import matplotlib.pyplot as plt
@@ -317,6 +335,7 @@ def grandparent_splitter(fn, valid_name='valid', train_name='train'):
     gp = os.path.basename(up(up(fn)))
     return True if gp == valid_name else False if gp == train_name else None
 
+# %% ../nbs/08_data_block.ipynb #6e98e5d3
 def split_by_func(items, f):
     "`(train, valid)`: the items where `f(item)` is False, and where it is True; None leaves an item out."
     sides = [f(o) for o in items]
@@ -385,6 +404,7 @@ def split_by_names(cls: SplitData, il, names):
     if lost := set(table) - set(hit): raise DataError(f'{len(lost)} of {len(table)} names are no items: {", ".join(sorted(lost)[:5])}')
     return cls.split_by_mask(il, [h is not None for h in hit], ' by name')
 
+# %% ../nbs/08_data_block.ipynb #5bd9ec2e
 @patch(cls_method=True)
 def split_by_csv(cls: SplitData, il, table, name_col='name', valid_col='is_valid'):
     "By a column of a csv file or DataFrame: true, 1, yes, valid or val is validation. A file with no row raises `DataError`."
@@ -401,6 +421,7 @@ def k_folds(cls: SplitData, il, k=5, seed=42):
     fold = np.empty(len(il), int); fold[_draws(il, seed).argsort(kind='stable')] = np.arange(len(il)) % k
     return [cls.split_by_mask(il, fold == i, f' into fold {i}') for i in range(k)]
 
+# %% ../nbs/08_data_block.ipynb #7d9fcf95
 @patch
 def add_test(self: SplitData, il):
     "With `il` as a third, unlabelled set; transforms of the validation set where `il` has none. A new `SplitData`."
@@ -467,6 +488,7 @@ class RegexLabeler:
     def __init__(self, pat): self.pat = re.compile(pat)
     def __call__(self, fn): m = self.pat.search(Path(fn).as_posix()); return m and m[1]
 
+# %% ../nbs/08_data_block.ipynb #d85badc8
 class TableLabeler:
     "The label that a csv file or DataFrame has for a file: column `label_col` of its row; with `delim` a list of labels."
     def __init__(self, table, name_col='name', label_col='label', delim=None): self.table, self.delim = read_table(table, name_col, label_col), delim
@@ -508,7 +530,6 @@ class LabeledData:
         self.proc_x, self.proc_y = proc_x, proc_y
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i], self.y[i]
-    def y_obj(self, i): return self.y.obj(i)
     def __repr__(self): return f'{type(self).__name__}\nx: {self.x}\ny: {self.y}'
     @staticmethod
     def _some(x, idx): return ', '.join(_key(x, i) for i in idx[:5]) + (', …' if len(idx) > 5 else '')
@@ -516,8 +537,13 @@ class LabeledData:
     def _takes(proc, label):
         try: proc.proc1(label); return True
         except DataError: return False
-    @classmethod
-    def label_by_func(cls, il, f, proc_x=None, proc_y=None): return cls(il, [f(o) for o in il.items], proc_x, proc_y)
+
+# %% ../nbs/08_data_block.ipynb #61cafd7e
+@patch
+def y_obj(self: LabeledData, i): return self.y.obj(i)
+
+@patch(cls_method=True)
+def label_by_func(cls: LabeledData, il, f, proc_x=None, proc_y=None): return cls(il, [f(o) for o in il.items], proc_x, proc_y)
 
 # %% ../nbs/08_data_block.ipynb #203c9ce7
 @patch
@@ -530,11 +556,12 @@ def pick(self: LabeledData, idx):
 
 # %% ../nbs/08_data_block.ipynb #d9e721f8
 def default_processor(labels):
-    "A processor by the look of the first labels: text → `CategoryProcessor`, lists of text → multi-label, numbers → `NumberProcessor`."
+    "A processor by the look of the first labels: text, whole numbers → `CategoryProcessor`, lists of text → multi-label, fractions, lists of numbers → `NumberProcessor`."
     some = [l for l in labels if l is not None and (not isinstance(l, list) or l)][:100]
     if some and isinstance(some[0], (list, tuple, set)): return MultiCategoryProcessor() if isinstance(next(iter(some[0])), str) else NumberProcessor()
     return NumberProcessor() if some and all(isinstance(l, float) for l in some) else CategoryProcessor()
 
+# %% ../nbs/08_data_block.ipynb #e494156f
 def label_by_func(sd, f, proc_x=None, proc_y=None):
     """Both sides of a `SplitData` labelled by `f(item)`; the processor is fitted on the training side. A `SplitData` of `LabeledData`.
 
@@ -562,6 +589,15 @@ def same_draws():
     try: yield states
     finally: random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
 
+# %% ../nbs/08_data_block.ipynb #cc6da69e
+@patch
+def _plan(self: ItemList):
+    "`(n, resize, last)`: apply the first `n` transforms to each item; what is after them is done to the batch, where it gives the same numbers."
+    cut = next((i for i, t in enumerate(self.tfms) if t is to_byte_tensor), None)
+    if cut is None or any(t is not to_float_tensor for t in self.tfms[cut+1:]): return len(self.tfms), None, False
+    resize = self.tfms[cut-1] if cut and type(self.tfms[cut-1]) is ResizeFixed else None
+    return cut - (resize is not None), resize, cut + 1 < len(self.tfms)
+
 # %% ../nbs/08_data_block.ipynb #223b2ad4
 class _Collect:
     "Gathers pictures or tensors for a batch; pictures of one size in a row are resized together, at most 2 million pixels at a time."
@@ -575,13 +611,16 @@ class _Collect:
     def flush(self):
         xb = self.resize.batch(stack(self.run))
         self.parts.append((self.names, xb)); self.run, self.names = [], []
-    def tensor(self):
-        if self.run: self.flush()
-        if not self.resize: return stack([x for _, x in self.parts], [n for ns, _ in self.parts for n in ns])
-        xs = [x if torch.is_tensor(x) else stack([x]) for _, x in self.parts]
-        for (ns, _), x in zip(self.parts, xs):
-            if x.shape[1:] != xs[0].shape[1:]: raise DataError(f'{ns[0]} is {tuple(x.shape[1:])} where {self.parts[0][0][0]} is {tuple(xs[0].shape[1:])}: one batch needs one shape (make_rgb)')
-        return torch.cat(xs) if len(xs) > 1 else xs[0]
+
+# %% ../nbs/08_data_block.ipynb #641fbe3a
+@patch
+def tensor(self: _Collect):
+    if self.run: self.flush()
+    if not self.resize: return stack([x for _, x in self.parts], [n for ns, _ in self.parts for n in ns])
+    xs = [x if torch.is_tensor(x) else stack([x]) for _, x in self.parts]
+    for (ns, _), x in zip(self.parts, xs):
+        if x.shape[1:] != xs[0].shape[1:]: raise DataError(f'{ns[0]} is {tuple(x.shape[1:])} where {self.parts[0][0][0]} is {tuple(xs[0].shape[1:])}: one batch needs one shape (make_rgb)')
+    return torch.cat(xs) if len(xs) > 1 else xs[0]
 
 # %% ../nbs/08_data_block.ipynb #cba06779
 @patch
@@ -604,14 +643,6 @@ def batch(self: ItemList, idxs, seed=None, on_error='raise'):
         for t, old in zip(rand, before): t.generator = old
     xb = out.tensor() if kept else torch.empty(0)
     return (to_float_tensor(xb) if last and kept else xb), kept, bad
-
-@patch
-def _plan(self: ItemList):
-    "`(n, resize, last)`: apply the first `n` transforms to each item; what is after them is done to the batch, where it gives the same numbers."
-    cut = next((i for i, t in enumerate(self.tfms) if t is to_byte_tensor), None)
-    if cut is None or any(t is not to_float_tensor for t in self.tfms[cut+1:]): return len(self.tfms), None, False
-    resize = self.tfms[cut-1] if cut and type(self.tfms[cut-1]) is ResizeFixed else None
-    return cut - (resize is not None), resize, cut + 1 < len(self.tfms)
 
 # %% ../nbs/08_data_block.ipynb #6ae8505d
 class _Order:
@@ -639,6 +670,7 @@ class _Batches(torch.utils.data.Dataset):
         xb, kept, bad = getattr(s, 'x', s).batch(idxs, seed, self.on_error)
         return xb, s.y[kept] if hasattr(s, 'y') else None, bad
 
+# %% ../nbs/08_data_block.ipynb #b5024939
 def _same(batch): return batch
 
 def _settle(worker):
@@ -712,6 +744,7 @@ def _readable(self: ItemList, n):
         except DataError: pass
     return xs
 
+# %% ../nbs/08_data_block.ipynb #4d1e367f
 @patch
 def is_random(self: ItemList, n=8):
     "Does any transform draw? Either it has an attribute `generator`, or it moves a global generator, or it gives two pictures for one item (tried on `n`)."
@@ -741,6 +774,7 @@ def in_memory(self: LabeledData, on_error='raise', progress=None, threads=None):
     if not n: raise DataError(f'none of {len(self):,} pictures can be read: {next(iter(skipped.items()))}')
     return Dataset(x[:n], torch.cat(ys) if torch.is_tensor(ys[0]) else [y for yb in ys for y in yb]), skipped
 
+# %% ../nbs/08_data_block.ipynb #a0ca0a80
 def _like(xb, n):
     "Room for `n` items like those of `xb`, in the same order of memory: pictures keep their channels last."
     if xb.dim() != 4: return xb.new_empty(n, *xb.shape[1:])
@@ -760,6 +794,7 @@ class ItemBunch(DataBunch):
     @property
     def skipped(self): return {**self._skipped, **self.train_dl.skipped, **self.valid_dl.skipped}
 
+# %% ../nbs/08_data_block.ipynb #9a79c51e
 def _proc(labeled):
     "The last processor of the targets: it knows the words for them."
     return labeled.y.procs[-1] if labeled.y.procs else None
@@ -798,6 +833,7 @@ def _first_picture(il, on_error):
             if kept: return xb
     raise DataError(f'none of {len(il):,} pictures can be read: {next(iter(bad.items()))}')
 
+# %% ../nbs/08_data_block.ipynb #ef2a85a6
 @patch
 def to_databunch(self: SplitData, bs, *args, **kwargs):
     if not hasattr(self.train, 'y'): raise ValueError('the sets have no labels yet: label_by_func(sd, parent_labeler) first')
@@ -824,6 +860,7 @@ def walk(il, i=0):
             seen.append((name, x, describe(x)))
     return seen
 
+# %% ../nbs/08_data_block.ipynb #2fdd51cd
 @patch
 def summary(self: LabeledData, i=0, pictures=True):
     "Prints what item `i` is after each step, and draws it; where a step breaks, says so. Looking changes nothing."
@@ -841,6 +878,7 @@ def summary(self: SplitData, i=0, pictures=True):
     print(f'{len(self.train):,} training, {len(self.valid):,} validation{t} items' + (f', {len(v)} classes: {", ".join(map(str, v[:10]))}' if (v := getattr(_proc(self.train), 'vocab', None)) else ''))
     self.train.summary(i, pictures)
 
+# %% ../nbs/08_data_block.ipynb #25e5c7e1
 @patch
 def summary(self: ItemBunch, i=0, pictures=True):
     "`source.summary(i)`, then the batches."
@@ -854,6 +892,7 @@ def text_bar(done, total, out=None):
     out = out or sys.stderr
     if out.isatty(): out.write(f'\r{done:,} of {total:,}' if done < total else '\r' + ' '*30 + '\r'); out.flush()
 
+# %% ../nbs/08_data_block.ipynb #0c49ff93
 def verify_images(il, progress=text_bar, threads=None):
     "Decode every picture of an `ImageList` whole, in threads: `{path: why}` of those that cannot be. Nothing is deleted; see `ItemList.without`."
     def one(fn):
@@ -882,10 +921,11 @@ class NormalizeBytes:
         if xb.is_floating_point(): return (xb - self.mean)/self.std
         return xb.float().sub_(self.mean*255).div_(self.std*255)      # in place on the copy: two passes over memory, not four
 
-    @classmethod
-    def fit(cls, ds, n=512):
-        "From `n` pictures spread over the training set `ds`, anything whose `[i][0]` is a tensor (C, H, W)."
-        with same_draws():
-            x = torch.stack([ds[i][0] for i in range(0, len(ds), max(1, len(ds)//n))])
-        x = x if x.is_floating_point() else x.float()/255
-        return cls(x.mean((0, 2, 3)), x.std((0, 2, 3)))
+# %% ../nbs/08_data_block.ipynb #4f200b6c
+@patch(cls_method=True)
+def fit(cls: NormalizeBytes, ds, n=512):
+    "From `n` pictures spread over the training set `ds`, anything whose `[i][0]` is a tensor (C, H, W)."
+    with same_draws():
+        x = torch.stack([ds[i][0] for i in range(0, len(ds), max(1, len(ds)//n))])
+    x = x if x.is_floating_point() else x.float()/255
+    return cls(x.mean((0, 2, 3)), x.std((0, 2, 3)))

@@ -20,6 +20,7 @@ from fastcore.basics import patch
 from PIL import Image
 from torch import nn
 
+# %% ../nbs/09b_learner.ipynb #722a881a
 from .annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from .callbacks import (EVENTS, AvgStats, AvgStatsCallback, Callback, CancelBatchException, CancelEpochException,
                            CancelFitException, Recorder, check_events, get_hypers, metric_name)
@@ -32,6 +33,7 @@ def one_group(model):
     "A splitter: all parameters of `model` in one group."
     return [list(model.parameters())]
 
+# %% ../nbs/09b_learner.ipynb #55ff1609
 def spread_lrs(lr, n):
     "`lr` as a list of `n`, one a group: a number for all; a list as it is; `slice(low, high)` in equal ratios from the first group to the last."
     if isinstance(lr, slice):
@@ -44,6 +46,7 @@ def spread_lrs(lr, n):
 # %% ../nbs/09b_learner.ipynb #099d8ad9
 class CancelStepException(Exception): "Raised by a callback after `backward`: no step now; the gradients stay and the next batch's are added."
 
+# %% ../nbs/09b_learner.ipynb #18f9d5a1
 class Learner:
     """A model, its data, a loss, and the recipe for an optimizer: everything that training needs, in one place.
 
@@ -69,6 +72,7 @@ def add_cbs(self: Learner, cbs):
     cbs = sorted(self.cbs, key=lambda cb: getattr(cb, '_order', 0))
     self.calls = {e: [f for cb in cbs if (f := getattr(cb, e, None))] for e in EVENTS}
 
+# %% ../nbs/09b_learner.ipynb #16b3e482
 @patch
 def remove_cbs(self: Learner, cbs):
     "Stop listening to these."
@@ -76,6 +80,7 @@ def remove_cbs(self: Learner, cbs):
     self.cbs = [cb for cb in self.cbs if id(cb) not in gone]
     self.add_cbs([])
 
+# %% ../nbs/09b_learner.ipynb #92a73373
 @patch
 def cb(self: Learner, cls):
     "The first callback of class `cls`. Raises `KeyError` with those there are."
@@ -89,6 +94,7 @@ def split_batch(b):
     if not isinstance(b, (list, tuple)): return b, torch.empty(0)
     return (b[0], b[1]) if len(b) > 1 else (b[0], torch.empty(0))
 
+# %% ../nbs/09b_learner.ipynb #9b1c6552
 @patch
 def one_batch(self: Learner, i, b):
     self.iter, (self.xb, self.yb) = i, split_batch(b)
@@ -101,6 +107,7 @@ def one_batch(self: Learner, i, b):
         self('after_batch')
     except CancelBatchException: self('after_cancel_batch')
 
+# %% ../nbs/09b_learner.ipynb #4bc5e912
 @patch
 def step(self: Learner):
     if not torch.is_tensor(self.loss) or self.loss.numel() != 1: raise ValueError(_scalar_wanted(self))
@@ -117,11 +124,13 @@ _BY_CLASS = F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss
 _BY_PAIR = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
             nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 
+# %% ../nbs/09b_learner.ipynb #ace204b4
 def _kind(loss_func):
     "'class' where targets are class indices, 'pair' where they have the shape of the predictions, else None: nothing is known."
     f = getattr(loss_func, 'func', loss_func)                       # inside a partial
     return 'class' if f in _BY_CLASS or type(f) in _BY_CLASS else 'pair' if f in _BY_PAIR or type(f) in _BY_PAIR else None
 
+# %% ../nbs/09b_learner.ipynb #100d0778
 def _wrong_labels(learn, labels):
     "A sentence on class indices outside the model's outputs, else None."
     n, ignored = learn.pred.shape[1], getattr(learn.loss_func, 'ignore_index', -100)
@@ -145,6 +154,8 @@ def get_loss(self: Learner, labels):
 
 # %% ../nbs/09b_learner.ipynb #214f4fcc
 def _where(learn): return f'{"training" if learn.in_train else "validation"} batch {learn.iter} of epoch {learn.epoch}'
+
+# %% ../nbs/09b_learner.ipynb #3e731727
 def _misfit(learn, labels):
     "What is wrong between predictions and targets, in a sentence."
     pred, yb, name = learn.pred, learn.yb, metric_name(learn.loss_func)
@@ -159,6 +170,7 @@ def _misfit(learn, labels):
         elif not yb.is_floating_point(): why = _wrong_labels(learn, labels) or why
     return f'{_where(learn)}: {shapes}; {why}'
 
+# %% ../nbs/09b_learner.ipynb #f2097c45
 def _scalar_wanted(learn):
     if not torch.is_tensor(learn.loss): return f'{_where(learn)}: the loss is a {type(learn.loss).__name__}; a tensor is wanted, computed from the predictions by torch'
     return (f'{_where(learn)}: the loss has shape {tuple(learn.loss.shape)}, and there is no one way down from many numbers: '
@@ -249,6 +261,7 @@ def _generators(owners):
     "The `torch.Generator`s that these objects hold, each once."
     return list({id(g): g for o in owners for g in getattr(o, '__dict__', {}).values() if isinstance(g, torch.Generator)}.values())
 
+# %% ../nbs/09b_learner.ipynb #31ccf840
 def _rng_state():
     dev = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     return torch.get_rng_state(), random.getstate(), np.random.get_state(), dev, torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
@@ -289,6 +302,7 @@ def fit_only(cb):
     "Whether `cb` belongs to a fit alone: it reports or schedules, and shapes no batch. A class says so by `_fit_only = True`."
     return getattr(cb, '_fit_only', isinstance(cb, FIT_ONLY))
 
+# %% ../nbs/09b_learner.ipynb #74be365d
 @patch
 @contextmanager
 def looking(self: Learner, cbs=None, weights=False):
@@ -330,6 +344,13 @@ def sum_over_processes(*ts):
 
 def _distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
 
+# %% ../nbs/09b_learner.ipynb #14ab2dc6
+def _summed(stats):
+    if not _distributed(): return stats.totals, stats.count
+    totals, count = sum_over_processes(stats.totals.double(), torch.tensor(float(stats.count), dtype=torch.float64, device=stats.totals.device))
+    return totals, count.item()
+
+# %% ../nbs/09b_learner.ipynb #464c8efe
 class SumStats(Callback):
     "Before `AvgStatsCallback` writes its row: sums and counts of all processes, so that each row is of all the data and not of one share of it."
     _order, _fit_only = 9, True
@@ -338,22 +359,19 @@ class SumStats(Callback):
             for s in cb.stats.values() if isinstance(cb, AvgStatsCallback) else ():
                 if s.totals is not None: s.totals, s.count = _summed(s)
 
-def _summed(stats):
-    if not _distributed(): return stats.totals, stats.count
-    totals, count = sum_over_processes(stats.totals.double(), torch.tensor(float(stats.count), dtype=torch.float64, device=stats.totals.device))
-    return totals, count.item()
-
 # %% ../nbs/09b_learner.ipynb #d4c59d9d
 class _Collect(Callback):
     _order = 10
     def __init__(self, stats): self.stats = stats
     def after_batch(self, run): self.stats.accumulate(run)
 
+# %% ../nbs/09b_learner.ipynb #25324e5d
 @patch
 def metrics(self: Learner):
     "The metrics of the learner's `AvgStatsCallback`, if it has one."
     return next((cb.stats[False].metrics for cb in self.cbs if isinstance(cb, AvgStatsCallback)), [])
 
+# %% ../nbs/09b_learner.ipynb #d8f4c78f
 @patch
 def validate(self: Learner, dl=None, metrics=None):
     "Loss and metrics on `dl` (default: the validation set) as a dictionary, each item counted once. Nothing is changed."
@@ -375,6 +393,7 @@ def in_order(dl):
     if isinstance(dl.sampler, torch.utils.data.SequentialSampler) and not dl.drop_last: return dl
     return torch.utils.data.DataLoader(dl.dataset, dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
 
+# %% ../nbs/09b_learner.ipynb #fa1574f6
 @patch
 def _predictions(self: Learner, batches):
     "Yields `(xb, pred, yb)` for each of `batches`, the model in evaluation mode; empty `yb` for no targets. Nothing is changed."
@@ -388,6 +407,7 @@ def _predictions(self: Learner, batches):
             self('after_pred')
             yield self.xb, self.pred, self.yb
 
+# %% ../nbs/09b_learner.ipynb #56201826
 @patch
 def get_preds(self: Learner, dl=None, act=None):
     "`(preds, targets)` on the CPU, row i for item i of `dl` (default: validation), shuffled or not; targets None where there are none. `act`: say `partial(torch.softmax, dim=1)`."
@@ -406,6 +426,7 @@ def decode(self: Learner, pred):
     if hasattr(proc, 'vocab') or not proc and pred.numel() > 1: p = pred.softmax(0); return (proc.deproc1(p.argmax()) if proc else p.argmax().item()), p
     return (proc.deproc1(pred.squeeze()) if proc else pred.squeeze().tolist()), pred
 
+# %% ../nbs/09b_learner.ipynb #629423e7
 @patch
 def predict(self: Learner, item):
     "`(label, probabilities)` of one item: a file or whatever else the items are, a PIL picture, or a tensor as the model's batches hold it."
@@ -469,6 +490,7 @@ class GradientAccumulation(Callback):
         torch._foreach_div_(gs, self.items)                                             # … and are divided once
         self.batches = self.items = 0
 
+# %% ../nbs/09b_learner.ipynb #9595fcaf
 class GradientClip(Callback):
     "Scales all gradients down together where their norm is above `max_norm`. Source: Pascanu et al. 2013, algorithm 1 (arXiv 1211.5063)."
     _order = 15
@@ -502,6 +524,7 @@ class EarlyStopping(_Watch):
         self.waited = 0 if self.improved(run, self.min_delta) else self.waited + 1
         if self.waited >= self.patience: raise CancelFitException
 
+# %% ../nbs/09b_learner.ipynb #3bf97ee0
 class SaveBest(_Watch):
     "Keeps a copy of the weights of the epoch with the best `monitor`, in the file `path` too if there is one, and puts them back at the end of the fit."
     def __init__(self, monitor='valid_loss', path=None, bigger=None): super().__init__(monitor, bigger); self.path, self.weights = path, None
@@ -518,6 +541,7 @@ class SaveBest(_Watch):
 # %% ../nbs/09b_learner.ipynb #1ab1360e
 def _last_row(run): return next((cb.rows[-1] for cb in run.cbs if isinstance(cb, AvgStatsCallback) and cb.rows), None)
 
+# %% ../nbs/09b_learner.ipynb #06bf66ff
 class CSVLogger(Callback):
     "Appends each epoch's row of the learner's table to the file `path`, at once, so that a run that breaks off has left its rows."
     _order, _fit_only = 12, True
