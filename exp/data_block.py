@@ -196,13 +196,13 @@ def fast_decoder():
     return simplejpeg if a.shape == b.shape and abs(a - b).mean() <= 2 else None
 
 # %% ../nbs/08_data_block.ipynb #95c1efdd
-def _open_fast(fn, draft):
+def _open_fast(fn, draft, max_pixels):
     "A grey or colour JPEG with no EXIF and nothing to draft, as a PIL image; None for all others, and for broken files: they are Pillow's."
     if os.path.splitext(fn)[1].lower() not in ('.jpg', '.jpeg') or not (sj := fast_decoder()): return None
     try:
         data = Path(fn).read_bytes()
         h, w, space, _ = sj.decode_jpeg_header(data)
-        if b'Exif' in data[:2**16] or space not in ('Gray', 'YCbCr') or h*w > (Image.MAX_IMAGE_PIXELS or h*w) or draft and min(h, w) >= 2*draft: return None
+        if b'Exif' in data[:2**16] or space not in ('Gray', 'YCbCr') or h*w > (max_pixels or Image.MAX_IMAGE_PIXELS or h*w) or draft and min(h, w) >= 2*draft: return None
         return Image.fromarray(sj.decode_jpeg(data, 'GRAY' if space == 'Gray' else 'RGB').squeeze())
     except (ValueError, OSError): return None
 
@@ -212,7 +212,7 @@ def open_image(fn, draft=None, max_pixels=None, fast=False):
 
     `draft`: a JPEG larger than this many pixels may be decoded at a half, quarter or eighth, never below it. `max_pixels` raises Pillow's limit for this file.
     `fast`: plain JPEGs by simplejpeg, where it is installed and agrees with Pillow (see `fast_decoder`)."""
-    if fast and (im := _open_fast(fn, draft)): return im
+    if fast and (im := _open_fast(fn, draft, max_pixels)): return im
     try:
         with _pixel_limit(max_pixels), Image.open(fn) as im:
             if draft: im.draft(None, (draft, draft))

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+# %% ../nbs/10d_distributed.ipynb #d0b9c944
 from .batchnorm import BatchNorm, RunningBatchNorm
 from .callbacks import AvgStatsCallback, Callback, CancelBatchException, CancelEpochException, CancelFitException
 from .checkpoints import Checkpoint, loader_state, load_loader_state, rng_state, set_rng_state
@@ -35,6 +36,7 @@ def rank_and_size():
     on = dist.is_available() and dist.is_initialized()
     return (dist.get_rank(), dist.get_world_size()) if on else (0, 1)
 
+# %% ../nbs/10d_distributed.ipynb #7fa27bb0
 def rank0_only(f):
     "Decorator: only the first process calls `f`; in the others it does nothing and gives None."
     @functools.wraps(f)
@@ -70,6 +72,7 @@ class ProcessLost(RuntimeError): "Another process of the group has ended, has fa
 
 _LOST = 'connection closed', 'connection reset', 'broken pipe', 'timed out', 'timeout', 'connection refused', 'nccl', 'not all processes'
 
+# %% ../nbs/10d_distributed.ipynb #b585a9d9
 def _explain(e, rank, world, timeout):
     "The sentence for a failure of the network, or None where `e` is something else."
     said = ' '.join(str(e).split())
@@ -123,6 +126,7 @@ def free_port():
     "A port of this machine that nobody uses at the moment."
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
+# %% ../nbs/10d_distributed.ipynb #40a40c56
 def _child(f, args, env, threads, backend, timeout, pipe):
     "What a process of `launch` does: join the group, call `f`, send home what it gives, or how it failed."
     os.environ.update(env)
@@ -131,6 +135,23 @@ def _child(f, args, env, threads, backend, timeout, pipe):
         with process_group(backend, timeout, quiet=False): result = f(*args)
         pipe.send_bytes(pickle.dumps((True, result)))              # by value: memory of this process ends with it
     except BaseException as e: pipe.send_bytes(pickle.dumps((False, (type(e).__name__, ''.join(traceback.format_exception(type(e), e, e.__traceback__)))))); sys.exit(1)
+
+# %% ../nbs/10d_distributed.ipynb #e980f29d
+def _gather(pipes, end):
+    "What the processes send home, in their order. Raises `RuntimeError` for one that fails, `TimeoutError` at the time `end`."
+    left, got, failed = list(pipes), {}, {}
+    while left and (ready := wait(left, None if end is None else max(0, end - time.monotonic()))):
+        for p in ready:
+            left.remove(p)
+            try: ok, what = pickle.loads(p.recv_bytes())
+            except EOFError: ok, what = False, ('killed', 'it ended without a word: killed from outside, or for want of memory')
+            (got if ok else failed)[pipes.index(p)] = what
+        if failed: end = min(end or float('inf'), time.monotonic() + 3)             # the others may know more, or be at fault
+    if failed:
+        i = min(failed, key=lambda i: (failed[i][0] == 'ProcessLost', i))           # these only say that another one is gone
+        raise RuntimeError(f'process {i} of {len(pipes)} failed: {failed[i][1]}')
+    if left: raise TimeoutError(f'{len(left)} of {len(pipes)} processes were not done within the limit, and all were ended')
+    return [got[i] for i in range(len(pipes))]
 
 # %% ../nbs/10d_distributed.ipynb #412bd753
 def launch(f, n, *args, backend=None, timeout=600., limit=None, threads=None):
@@ -153,23 +174,6 @@ def launch(f, n, *args, backend=None, timeout=600., limit=None, threads=None):
         for p in ps: p.join(10) if sys.exc_info()[1] is None else p.kill()
         for p in ps: p.kill(); p.join()
 
-# %% ../nbs/10d_distributed.ipynb #e980f29d
-def _gather(pipes, end):
-    "What the processes send home, in their order. Raises `RuntimeError` for one that fails, `TimeoutError` at the time `end`."
-    left, got, failed = list(pipes), {}, {}
-    while left and (ready := wait(left, None if end is None else max(0, end - time.monotonic()))):
-        for p in ready:
-            left.remove(p)
-            try: ok, what = pickle.loads(p.recv_bytes())
-            except EOFError: ok, what = False, ('killed', 'it ended without a word: killed from outside, or for want of memory')
-            (got if ok else failed)[pipes.index(p)] = what
-        if failed: end = min(end or float('inf'), time.monotonic() + 3)             # the others may know more, or be at fault
-    if failed:
-        i = min(failed, key=lambda i: (failed[i][0] == 'ProcessLost', i))           # these only say that another one is gone
-        raise RuntimeError(f'process {i} of {len(pipes)} failed: {failed[i][1]}')
-    if left: raise TimeoutError(f'{len(left)} of {len(pipes)} processes were not done within the limit, and all were ended')
-    return [got[i] for i in range(len(pipes))]
-
 # %% ../nbs/10d_distributed.ipynb #0869e3ca
 def share(n, rank, world):
     "The slice of `n` rows that process `rank` of `world` takes: sizes differ by one at most, the first take more."
@@ -181,6 +185,7 @@ def share(n, rank, world):
 _SAME = ('collate_fn', 'num_workers', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'generator', 'prefetch_factor', 'persistent_workers')
 def _same(dl): return {k: getattr(dl, k) for k in _SAME}           # what a second loader of the same data is made with
 
+# %% ../nbs/10d_distributed.ipynb #4d6c0226
 class _ShareOf(torch.utils.data.Dataset):
     "What the workers of an `ItemLoader` hold: of each batch the rows of one process. `pad`: one row where it has none; n = 0 says so."
     def __init__(self, batches, rank, world, pad): self.batches, self.rank, self.world, self.pad = batches, rank, world, pad
@@ -234,13 +239,16 @@ class ShareAny:
             else: b = self.cut(b)
             if b is not None: yield b
         if self.end: self.end()
-    def cut(self, b):
-        many = isinstance(b, (list, tuple))
-        rows = share(len(b[0] if many else b), self.rank, self.world)
-        self.n = rows.stop - rows.start
-        if not self.n and not self.pad: return None
-        rows = rows if self.n else slice(1)
-        return tuple(t[rows] for t in b) if many else b[rows]
+
+# %% ../nbs/10d_distributed.ipynb #a1517c4b
+@patch
+def cut(self: ShareAny, b):
+    many = isinstance(b, (list, tuple))
+    rows = share(len(b[0] if many else b), self.rank, self.world)
+    self.n = rows.stop - rows.start
+    if not self.n and not self.pad: return None
+    rows = rows if self.n else slice(1)
+    return tuple(t[rows] for t in b) if many else b[rows]
 
 # %% ../nbs/10d_distributed.ipynb #2f6fa9c9
 def shared(dl, rank, world, pad=False, end=None):
@@ -279,6 +287,7 @@ def global_stats(x, here=1.):
 # %% ../nbs/10d_distributed.ipynb #c8fa3afd
 _BN = nn.modules.batchnorm._BatchNorm, BatchNorm                                       # torch's and ours
 
+# %% ../nbs/10d_distributed.ipynb #8103bd48
 def _sync_forward(m, x):
     "What a batch norm layer does while it is synchronised."
     if not m.training or rank_and_size()[1] == 1: return type(m).forward(m, x)
@@ -373,11 +382,13 @@ class _Middle(Callback):
     _order, _fit_only = 7.5, True
     def __init__(self, d): self.d, self.whole, self.total = d, None, 0
 
+# %% ../nbs/10d_distributed.ipynb #bc875acf
 class _Inside(nn.Module):
     "For DDP to hold: the model, called through what stands in its place at the moment (a compiled one, say)."
     def __init__(self, model): super().__init__(); self.model, self.f = model, [model]
     def forward(self, *args): return self.f[0](*args)
 
+# %% ../nbs/10d_distributed.ipynb #c4de1ed9
 _NO_BUFFERS = next(k for k in ('forward_sync_buffers', 'broadcast_buffers') if k in inspect.signature(DistributedDataParallel.__init__).parameters)      # its name, new and old
 
 def _sharded(model): return any(c.__name__ == 'FSDPModule' for c in type(model).__mro__)       # by name: importing FSDP takes long
@@ -424,6 +435,7 @@ def share_data(self: _Middle, run):
     run.data.train_dl = self.train_dl = shared(self.whole.train_dl, d.rank, d.world, pad=True, end=lambda: d.close(run))
     if self.whole.valid_dl is not None: run.data.valid_dl = shared(self.whole.valid_dl, d.rank, d.world)
 
+# %% ../nbs/10d_distributed.ipynb #7421abc6
 @patch
 def close(self: Distributed, run):
     "At the end of a training pass: has anyone left it in the last batch?"
@@ -440,6 +452,7 @@ def begin_batch(self: _Middle, run):
     self.ddp.require_backward_grad_sync = ga is None or ga.batches + 1 >= ga.n or run.iter >= run.iters - 1       # no step: nothing to average yet
     run.model = self.ddp
 
+# %% ../nbs/10d_distributed.ipynb #01d2c559
 @patch
 def after_pred(self: _Middle, run): run.model = self.model
 @patch
@@ -457,6 +470,7 @@ def after_loss(self: _Middle, run):
     self.loss = run.loss if ga is None else ga.loss
     run.loss = run.loss*(d.world*(d.n if ga is None else d.n/len(run.xb)))             # accumulation has made the sum already
 
+# %% ../nbs/10d_distributed.ipynb #7800150d
 @patch
 def mend(self: _Middle, run):
     "First thing after `backward`: gradients are sums over all rows; make them means. Those of batches before that are waiting for a step come back."
@@ -466,11 +480,19 @@ def mend(self: _Middle, run):
     for p, g in self.waiting: p.grad = g if p.grad is None else p.grad.add_(g)
     self.total, self.waiting = 0, []
 
+# %% ../nbs/10d_distributed.ipynb #a53e6613
+@patch
+def put_aside(self: _Middle, run):
+    "Gradients that a cancelled step has left are means already: out of DDP's sight, until `mend`."
+    self.waiting = [(p, p.grad) for p in run.model.parameters() if p.grad is not None]
+    for p, _ in self.waiting: p.grad = None
+
 # %% ../nbs/10d_distributed.ipynb #2849cedb
 @patch
 def after_backward(self: _Middle, run):
     if self.ga is not None: self.total = 0                                             # it did not cancel: a step comes
 
+# %% ../nbs/10d_distributed.ipynb #7ba7b49e
 @patch
 def after_batch(self: _Middle, run):
     if not run.in_train: return
@@ -487,6 +509,7 @@ def begin_epoch(self: Distributed, run):
     dist.broadcast_object_list(state, src=0, group=self.group)     # a loader may draw its order from torch's own generator
     set_rng_state(state[0])
 
+# %% ../nbs/10d_distributed.ipynb #2186a33b
 @patch
 def begin_batch(self: Distributed, run):
     self.exposed = False
@@ -494,6 +517,7 @@ def begin_batch(self: Distributed, run):
     self.stage, self.n, self.counted = 0, self.middle.train_dl.n, None
     if self.rank: torch.manual_seed(hash((self.seed, run.n_iter, self.rank)) % 2**63)     # dropout: another one in each process, the same after a restart
 
+# %% ../nbs/10d_distributed.ipynb #bb156a5a
 @patch
 def after_pred(self: Distributed, run): self.exposed = False
 @patch
@@ -521,6 +545,7 @@ def tell(self: Distributed, run, word):
     if others_wait and not self.told: self.meet(run, word)
     self.told, self.stage = False, 3
 
+# %% ../nbs/10d_distributed.ipynb #67de56c8
 Distributed.after_cancel_batch = functools.partialmethod(Distributed.tell, word=BATCH)
 Distributed.after_cancel_epoch = functools.partialmethod(Distributed.tell, word=EPOCH)
 Distributed.after_cancel_fit = functools.partialmethod(Distributed.tell, word=FIT)
@@ -544,13 +569,6 @@ class _Last(Callback):
     def after_backward(self, run): self.third(run)
     def after_epoch(self, run): self.d.stage = 3; self.d.meet(run)
 
-# %% ../nbs/10d_distributed.ipynb #a53e6613
-@patch
-def put_aside(self: _Middle, run):
-    "Gradients that a cancelled step has left are means already: out of DDP's sight, until `mend`."
-    self.waiting = [(p, p.grad) for p in run.model.parameters() if p.grad is not None]
-    for p, _ in self.waiting: p.grad = None
-
 # %% ../nbs/10d_distributed.ipynb #af95688a
 @patch
 def third(self: _Last, run, word=GOOD):
@@ -570,6 +588,7 @@ def third(self: _Last, run, word=GOOD):
 @patch
 def stats_of(self: Distributed, run): return [s for cb in run.cbs if isinstance(cb, AvgStatsCallback) for s in cb.stats.values()]
 
+# %% ../nbs/10d_distributed.ipynb #ffc5eac4
 @patch
 def sum_stats(self: Distributed, run):
     "Totals and counts of the metrics become those of all processes; one that has seen nothing adds nothing."
@@ -580,6 +599,7 @@ def sum_stats(self: Distributed, run):
     dist.all_reduce(flat, group=self.group)
     for s, t in zip(stats, flat.split([2 + len(s.metrics) for s in stats])): s.totals, s.count = (t[:-1], int(t[-1])) if t[-1] else (None, 0)
 
+# %% ../nbs/10d_distributed.ipynb #adc4b366
 @patch
 def after_epoch(self: Distributed, run):
     if self.on: self.stage = 3; self.meet(run); self.sum_stats(run)

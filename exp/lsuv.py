@@ -22,6 +22,7 @@ def _frames(n, rows, cols, generator, dtype):
     q, r = torch.linalg.qr(g)
     return (q*r.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2)).mT          # QR leaves the signs open; these make it fair
 
+# %% ../nbs/07a_lsuv.ipynb #4cd137d1
 def _woven_(w, generator, distinct=8):
     "Fill the matrix `w`, rows ≤ cols, with orthonormal rows woven of small ones, `distinct` of a kind: one multiplication an entry."
     (rows, cols), dtype = w.shape, w.dtype
@@ -65,6 +66,7 @@ def _moments(t):
     if t.dtype != torch.float64 and not 1e-30 < var < 1e30: return _moments(t.to('cpu', torch.float64))
     return t.numel(), mean.item(), var
 
+# %% ../nbs/07a_lsuv.ipynb #98cfc939
 def _pool(a, b):
     "The moments of two sets of numbers taken together (Chan et al. 1979)."
     n, d, share = a[0] + b[0], b[1] - a[1], b[0]/(a[0] + b[0])
@@ -98,21 +100,24 @@ class _AsFound:
                        *((lambda s, d=d: torch.cuda.set_rng_state(s, d), torch.cuda.get_rng_state(d)) for d in cuda)]
         if any(p.device.type == 'mps' for p in model.parameters()): self.states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
 
-    @torch.no_grad()
-    def rewind(self):
-        for m, k, b, old in self.buffers:
-            m._buffers[k] = b
-            if b is not None: b.copy_(old)
-        for put, state in self.states: put(state)
-
     def __enter__(self): return self
     def __exit__(self, *args):
         self.rewind()
         for m, mode in self.modes: m.training = mode
 
+# %% ../nbs/07a_lsuv.ipynb #fb42f596
+@patch
+@torch.no_grad()
+def rewind(self: _AsFound):
+    for m, k, b, old in self.buffers:
+        m._buffers[k] = b
+        if b is not None: b.copy_(old)
+    for put, state in self.states: put(state)
+
 # %% ../nbs/07a_lsuv.ipynb #7edabf99
 _LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
 
+# %% ../nbs/07a_lsuv.ipynb #48095cb2
 class _Weight:
     "One weight with the layers that use it: `before` and `now` are the moments of all their outputs, `target` is that of the first."
     def __init__(self, named):
@@ -123,17 +128,23 @@ class _Weight:
         self.left = ('its weight is computed from other parameters' if self.w is None else 'frozen' if not self.w.requires_grad else
                      None if self.w.is_floating_point() else f'its weight is of type {self.w.dtype}')
 
-    def orthonormal(self, fill, generator):
-        fill(self.w, groups=getattr(self.mods[0], 'groups', 1), generator=generator)
-        for b in (m._parameters.get('bias') for m in self.mods):
-            if b is not None and b.requires_grad: b.zero_()
-
     def is_off(self, tol): return not abs(self.now[2] - 1) < tol
-    def row(self, failed):
-        b, a = self.before or (0, math.nan, math.nan), self.now or (0, math.nan, math.nan)
-        note = self.failed if failed else self.left or ('' if self.before else 'never ran')
-        return dict(name=self.name, mean_before=b[1], std_before=b[2]**.5, mean=a[1], std=a[2]**.5, trials=self.trials, note=note)
 
+# %% ../nbs/07a_lsuv.ipynb #cef175d1
+@patch
+def orthonormal(self: _Weight, fill, generator):
+    fill(self.w, groups=getattr(self.mods[0], 'groups', 1), generator=generator)
+    for b in (m._parameters.get('bias') for m in self.mods):
+        if b is not None and b.requires_grad: b.zero_()
+
+# %% ../nbs/07a_lsuv.ipynb #689cb25e
+@patch
+def row(self: _Weight, failed):
+    b, a = self.before or (0, math.nan, math.nan), self.now or (0, math.nan, math.nan)
+    note = self.failed if failed else self.left or ('' if self.before else 'never ran')
+    return dict(name=self.name, mean_before=b[1], std_before=b[2]**.5, mean=a[1], std=a[2]**.5, trials=self.trials, note=note)
+
+# %% ../nbs/07a_lsuv.ipynb #2852f314
 def _find_weights(model):
     "A `_Weight` for each weight of the conv and linear layers in `model`; layers that share one are together."
     found = {}
@@ -158,6 +169,7 @@ def set_from(self: _Weight, mod, args, kwargs, out, tol):
     if type(mod).forward not in {c.forward for c in _LAYERS} or 'forward' in vars(mod): return mod.forward(*args, **kwargs)
     return out*s if b is None else (out - b)*s + b
 
+# %% ../nbs/07a_lsuv.ipynb #88ae380e
 @patch
 def retarget(self: _Weight):
     "Choose the next target from what the last ones gave (secant in logs). False where the output does not follow the weight."
@@ -234,6 +246,7 @@ def _run(model, weights, batches, hook):
         for h in handles: h.remove()
     return len(batches)
 
+# %% ../nbs/07a_lsuv.ipynb #914ed6ba
 def _measure(model, weights, batches):
     "Set `now` of each weight to the moments of all its outputs in a pass over `batches`. `(weights that ran, in order; passes made)`."
     ran = {}
@@ -252,6 +265,7 @@ def _set_all(model, todo, batches, tol):
         if waiting: n += _run(model, todo, [b], hook)
     return n
 
+# %% ../nbs/07a_lsuv.ipynb #4c534c7a
 def _trials(model, weights, todo, batches, found, tol, max_trials):
     "Set in one pass, measure in another, until all is well or `max_trials` are used up. Returns the passes made."
     n = 0

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NFS', 'ARCHS', 'ranger', 'OPTS', 'LRS', 'SCHEDS', 'TFMS', 'RECIPES', 'get_items', 'lesson', 'radam_step',
            'SlowWeights', 'lookahead_step', 'get_tfms', 'EMA', 'ValidateEvery', 'get_recipe', 'get_training',
-           'get_parser', 'find_data', 'settle', 'get_cbs', 'train_one', 'settings_line', 'result_line', 'from_first',
-           'train', 'summarise', 'main']
+           'get_parser', 'find_data', 'settle', 'settings_line', 'result_line', 'summarise', 'get_cbs', 'train_one',
+           'from_first', 'train', 'main']
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00003
 import argparse, json, os, platform, statistics, sys, time
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# %% ../nbs/11b_train_imagenette.ipynb #ae128bb9
 from .annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal, sched_cos, sched_no
 from .batchnorm import conv_layer
 from .callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CancelEpochException, CudaCallback, accuracy
@@ -59,6 +60,7 @@ def lesson(c_in, c_out, width=1.):
     "The lesson's CNN: 3 × 3 kernels everywhere, batch norm after the ReLU."
     return init_cnn(get_cnn_model(SimpleNamespace(c_in=c_in, c_out=c_out), [max(1, round(n*width)) for n in NFS], conv_layer), leak=0.)
 
+# %% ../nbs/11b_train_imagenette.ipynb #6f2e47b6
 ARCHS = dict(lesson=lesson, xresnet18=xresnet18, xresnet34=xresnet34, xresnet50=xresnet50, xse_resnext50=xse_resnext50,
              leaderboard=partial(xse_resnext50, act=nn.Mish, sa=True, pool=MaxBlurPool))
 
@@ -79,13 +81,17 @@ class SlowWeights(Stat):
     def init_state(self, p): return {'slow': p.detach().clone()}
     def update(self, p, state, **kwargs): return state
 
+# %% ../nbs/11b_train_imagenette.ipynb #f59a9e71
 def lookahead_step(p, slow, step, k, pull, **kwargs):
     "Every `k` steps `slow ← slow + pull·(p − slow)` and `p ← slow`. Source: Zhang et al. 2019, algorithm 1 (arXiv 1907.08610)."
     if step % k == 0: slow.lerp_(p, pull); p.copy_(slow)
 lookahead_step._defaults = dict(k=6, pull=.5)
 
+# %% ../nbs/11b_train_imagenette.ipynb #0fe5772f
 ranger = partial(StatefulOptimizer, steppers=[weight_decay, radam_step, lookahead_step],
                  stats=[AverageGrad(dampening=True), AverageSqrGrad(), StepCount(), SlowWeights()], mom=.95)
+
+# %% ../nbs/11b_train_imagenette.ipynb #bf2dad98
 OPTS = dict(sgd=sgd_opt, momentum=sgd_mom_opt, adam=adam_opt(), lamb=lamb, lars=lars, ranger=ranger)
 LRS = dict(sgd=.3, momentum=.1, adam=.01, lamb=.02, lars=2., ranger=8e-3)              # where a recipe gets another optimizer and no rate
 
@@ -101,6 +107,7 @@ def get_tfms(name, crops, seed=0):
     if name == 'strong': flip = BatchAugment(RandomFlip(), RandomAffine(rotate=10., zoom=(1., 1.)), RandomColor(.3, .3, .3), seed=seed)
     return {'none': [], 'flip': [flip], 'crop': [crop, flip], 'strong': [crop, flip]}[name]
 
+# %% ../nbs/11b_train_imagenette.ipynb #1d3cdc79
 TFMS = 'none', 'flip', 'crop', 'strong'
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00019
@@ -182,6 +189,7 @@ def _number(kind, low, high=float('inf')):
     parse.__name__ = kind.__name__
     return parse
 
+# %% ../nbs/11b_train_imagenette.ipynb #dafd2ea8
 def _sizes(s):
     try: first, last = (int(n) for n in s.split('-')) if '-' in s else (int(s),)*2
     except ValueError: raise argparse.ArgumentTypeError(f'{s!r} is no size, say 64, and no two, say 48-80') from None
@@ -255,11 +263,32 @@ def settle(a):
     r = get_recipe(a.recipe, checked_device(a.device), **{k: v for k, v in given.items() if k in RECIPES['cpu']})
     return {'data': a.data, 'bs_given': a.bs is not None, **r, 'crops': list(r['crops']), 'bf16': a.bf16, 'compile': a.compile, 'seed': a.seed, 'runs': a.runs}
 
+# %% ../nbs/11b_train_imagenette.ipynb #bcfe8ff0
 def _same_settings(given, old, file):
     for k, v in given.items():
         v = list(v) if isinstance(v, tuple) else v
         if old.get(k) != v: raise DataError(f'{file.parent} was begun with {k} {old.get(k)}, and {v} is asked for: a run goes on as it began')
     return old
+
+# %% ../nbs/11b_train_imagenette.ipynb #11b00031
+def settings_line(c):
+    "What is worth a line of the settings `c`: without what the line before says, and without what is off."
+    said = 'data', 'bs_given', 'epochs', 'size', 'seed', 'runs', 'device', 'validate'
+    return {k: '-'.join(map(str, v)) if k == 'crops' else v for k, v in c.items() if k not in said and v not in (0, None, False) and not (k == 'crops' and c['tfms'] in ('none', 'flip'))}
+
+# %% ../nbs/11b_train_imagenette.ipynb #b6c79db6
+def result_line(r):
+    "A result names its data: the one line that goes with every accuracy, of one run or of several."
+    spread = f" ± {r['std']:.3f} ({r['runs']} runs, mean and standard deviation)" if 'std' in r else ''
+    seeds = f"seeds {r['seed']}–{r['seed'] + r['runs'] - 1}" if 'std' in r else f"seed {r['seed']}"
+    return (f"accuracy {r['accuracy']:.3f}{spread} · {r['data']} · {r['n_valid']} validation images · {r['epochs']} epochs · {r['size']} px · "
+            f"{seeds} · {r['device']} · {r['seconds']:.0f} s")
+
+# %% ../nbs/11b_train_imagenette.ipynb #ffe39ea2
+def summarise(results, n):
+    "One result of several: mean and standard deviation (n − 1) of the accuracy, the seconds of all, and each by itself under `each`."
+    acc = [r['accuracy'] for r in results]
+    return {**results[0], 'accuracy': statistics.mean(acc), 'std': statistics.stdev(acc), 'seconds': sum(r['seconds'] for r in results), 'runs': n, 'each': results}
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b0002f
 def get_cbs(c, folder, stats, tensorboard=False):
@@ -296,19 +325,6 @@ def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda
                   torch=torch.__version__, python=platform.python_version())
     return {**c, **result}
 
-# %% ../nbs/11b_train_imagenette.ipynb #11b00031
-def settings_line(c):
-    "What is worth a line of the settings `c`: without what the line before says, and without what is off."
-    said = 'data', 'bs_given', 'epochs', 'size', 'seed', 'runs', 'device', 'validate'
-    return {k: '-'.join(map(str, v)) if k == 'crops' else v for k, v in c.items() if k not in said and v not in (0, None, False) and not (k == 'crops' and c['tfms'] in ('none', 'flip'))}
-
-def result_line(r):
-    "A result names its data: the one line that goes with every accuracy, of one run or of several."
-    spread = f" ± {r['std']:.3f} ({r['runs']} runs, mean and standard deviation)" if 'std' in r else ''
-    seeds = f"seeds {r['seed']}–{r['seed'] + r['runs'] - 1}" if 'std' in r else f"seed {r['seed']}"
-    return (f"accuracy {r['accuracy']:.3f}{spread} · {r['data']} · {r['n_valid']} validation images · {r['epochs']} epochs · {r['size']} px · "
-            f"{seeds} · {r['device']} · {r['seconds']:.0f} s")
-
 # %% ../nbs/11b_train_imagenette.ipynb #11b00032
 def from_first(f):
     "What `f()` gives, or raises, in the first process of a group: in all of them. Alone, `f()`."
@@ -321,6 +337,18 @@ def from_first(f):
     torch.distributed.broadcast_object_list(box)
     if box[0][1] is not None: raise box[0][1]
     return box[0][0]
+
+# %% ../nbs/11b_train_imagenette.ipynb #11b00034
+def _keep(file, r): write_atomic(file, lambda f: f.write(json.dumps(_no_nan(r), indent=1).encode()))
+def _kept(folder):
+    "The result of a training that was finished before this one was broken off, else None."
+    return json.loads((folder/'result.json').read_text()) if (folder/'result.json').exists() else None
+
+# %% ../nbs/11b_train_imagenette.ipynb #25b87355
+def _no_nan(o):
+    "`o` with None for NaN, which JSON does not have."
+    if isinstance(o, dict): return {k: _no_nan(v) for k, v in o.items()}
+    return [_no_nan(v) for v in o] if isinstance(o, list) else None if o != o else o
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00033
 def train(a, done=None):
@@ -342,22 +370,6 @@ def train(a, done=None):
         if c['runs'] > 1: print(result_line({**results[-1]}), flush=True)
     return results[0] if c['runs'] == 1 else summarise(results, c['runs'])
 
-# %% ../nbs/11b_train_imagenette.ipynb #11b00034
-def _keep(file, r): write_atomic(file, lambda f: f.write(json.dumps(_no_nan(r), indent=1).encode()))
-def _kept(folder):
-    "The result of a training that was finished before this one was broken off, else None."
-    return json.loads((folder/'result.json').read_text()) if (folder/'result.json').exists() else None
-
-def _no_nan(o):
-    "`o` with None for NaN, which JSON does not have."
-    if isinstance(o, dict): return {k: _no_nan(v) for k, v in o.items()}
-    return [_no_nan(v) for v in o] if isinstance(o, list) else None if o != o else o
-
-def summarise(results, n):
-    "One result of several: mean and standard deviation (n − 1) of the accuracy, the seconds of all, and each by itself under `each`."
-    acc = [r['accuracy'] for r in results]
-    return {**results[0], 'accuracy': statistics.mean(acc), 'std': statistics.stdev(acc), 'seconds': sum(r['seconds'] for r in results), 'runs': n, 'each': results}
-
 # %% ../nbs/11b_train_imagenette.ipynb #11b00035
 def main(args=None):
     "`exp-train`. Exit status 0: trained; 2: a mistake in the options or the data; 3: another process was lost; 130: interrupted."
@@ -373,15 +385,18 @@ def main(args=None):
     except ProcessLost as e: print(f'exp-train: {e}', file=sys.stderr); return 3                     # each for itself
     except (DataError, OSError, ValueError, ImportError) as e: return _complain(e, 2)
 
+# %% ../nbs/11b_train_imagenette.ipynb #0a73c121
 def _complain(said, status):
     "One line on stderr, from the first process of a group."
     if os.environ.get('RANK', '0') == '0': print(f'exp-train: {said}', file=sys.stderr)
     return status
 
+# %% ../nbs/11b_train_imagenette.ipynb #9e1307da
 def _how_far(a, done):
     rows = [r for r in done[-1].rows if r['valid_accuracy'] == r['valid_accuracy']] if done else []
     n = len(done[-1].rows) if done else 0
     best = f', accuracy {rows[-1]["valid_accuracy"]:.3f} after epoch {rows[-1]["epoch"]}' if rows else ''
     return f'after {n} epochs{best}' + (f'; exp-train --resume --log-dir {a.log_dir} goes on' if n else '')
 
+# %% ../nbs/11b_train_imagenette.ipynb #e325fc84
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

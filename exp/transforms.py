@@ -50,6 +50,7 @@ def show_tfm(tfm, img, n=7, seed=0, cols=7):
         else: ims, name = _drawn(tfm, img, n - 1, g), step_name(tfm)
     return show_images([img, *ims], ['as it is'], name, cols)
 
+# %% ../nbs/10_transforms.ipynb #67533f53
 def _drawn(tfm, img, n, g):
     "`n` times `tfm(img)`, drawn from `g` where it draws."
     if not hasattr(tfm, 'generator'): return [tfm(img) for _ in range(n)]
@@ -73,6 +74,7 @@ def dihedral(item, k):
     for m in _MOVES[k]: item = item.transpose(-1, -2) if m == 'T' else item.flip(-1 if m == 'H' else -2)
     return item
 
+# %% ../nbs/10_transforms.ipynb #62fa8205
 class PilRandomDihedral(RandomTransform):
     "With probability `p`, a PIL image laid down in one of eight ways (mirrored or not, four quarter turns), each as likely as the others."
     def apply(self, item): return dihedral(item, int(8*self.rand(1)[0]))
@@ -84,6 +86,7 @@ def pair(size):
     "A number as (number, number); a pair as a tuple."
     return (size, size) if isinstance(size, (int, float)) else tuple(size)
 
+# %% ../nbs/10_transforms.ipynb #470c193e
 def crop_resize(item, size, box, resample=BILINEAR):
     "The part `box` (left, top, right, bottom; in pixels, fractions too) of a PIL image at `size` (width, height), antialiased."
     if not all(float(b).is_integer() for b in box): return item.resize(size, resample, box=box)
@@ -171,6 +174,7 @@ def homography(src, dst):
     if _on_a_line(src) or _on_a_line(dst): raise ValueError('three of the four corners lie on one line: no camera sees them so')
     return _four_to_four(src, dst)
 
+# %% ../nbs/10_transforms.ipynb #fd8ab478
 def _four_to_four(src, dst):
     (x, y), (u, v) = src.unbind(-1), dst.unbind(-1)
     o, l = torch.zeros_like(x), torch.ones_like(x)
@@ -178,6 +182,7 @@ def _four_to_four(src, dst):
     h = torch.linalg.solve(A, torch.cat([u, v], -1))
     return torch.cat([h, l[..., :1]], -1).unflatten(-1, (3, 3))
 
+# %% ../nbs/10_transforms.ipynb #bb08c183
 def _on_a_line(p):
     "Do three of the four points (…, 4, 2) lie on a line? In floats, a solver need not notice."
     a, b = p.roll(-1, -2) - p, p.roll(-2, -2) - p
@@ -229,6 +234,7 @@ def affine_mats(rotate=0., zoom=1., shear=(0., 0.), translate=(0., 0.)):
     rows = z*(c + s*ty), z*(-c*tx - s*(1 + tx*ty)), dx, z*(s - c*ty), z*(-s*tx + c*(1 + tx*ty)), dy, o, o, o + 1
     return torch.stack(rows, -1).view(-1, 3, 3)
 
+# %% ../nbs/10_transforms.ipynb #451ab85e
 def _cos_sin(degrees):
     "Exact at multiples of 90, where the detour by π would leave 6e-17."
     rad, right = degrees.deg2rad(), degrees % 90 == 0
@@ -252,6 +258,7 @@ def move_points(pts, mats, size):
     q = q/(p @ mats[:, 2:, :2].mT + mats[:, None, 2:, 2]) + mid
     return q.to(pts.dtype if pts.is_floating_point() else torch.float32).to(pts.device)
 
+# %% ../nbs/10_transforms.ipynb #fc676683
 def move_boxes(boxes, mats, size):
     "Boxes (N, K, 4), left, top, right, bottom: the upright boxes around their moved corners, cut at the picture's edges."
     l, t, r, b = boxes.unbind(-1)
@@ -267,6 +274,7 @@ def sampling_mats(mats, size):
     except torch.linalg.LinAlgError: raise ValueError('one of the matrices flattens its picture to a line: it has no inverse') from None
     return (inv/inv[:, 2:, 2:]).float()
 
+# %% ../nbs/10_transforms.ipynb #ce941f67
 def sample_grid(inv, size, room=None):
     """Where each pixel of the result comes from, (N, H, W, 2), as `F.grid_sample` wants it, for matrices of `sampling_mats`.
 
@@ -284,6 +292,7 @@ def exact_turns(mats, size):
     if size[0] != size[1]: same[:, [3, 5, 6, 7]] = False
     return torch.where(same.any(1), same.int().argmax(1), -1)
 
+# %% ../nbs/10_transforms.ipynb #d9b5999f
 def _turned(out, xb, turn):
     "In `out`, each picture of `xb` whose `turn` is 0–7, flipped or turned so; those with -1 are not touched."
     for k in turn.unique().tolist():
@@ -291,6 +300,7 @@ def _turned(out, xb, turn):
         if k >= 0: out[at] = dihedral(xb[at], k)
     return out
 
+# %% ../nbs/10_transforms.ipynb #b22c5250
 def as_bytes(x):
     "Floats 0–255 rounded to bytes, those beyond cut; `x` is used up."
     return x.add_(.5).clamp_(0, 255).to(torch.uint8)
@@ -298,6 +308,7 @@ def as_bytes(x):
 # %% ../nbs/10_transforms.ipynb #79df720f
 CHUNK = 400_000                                                             # numbers at a time on a CPU: 1.6 MB, which its cache holds
 
+# %% ../nbs/10_transforms.ipynb #6e550828
 def warp(xb, mats, mode='bilinear', padding='reflection', color=()):
     """Pictures (N, C, H, W), bytes or floats, moved by `mats` (N, 3, 3; pixels from the middle, from picture to result), by one interpolation each.
 
@@ -324,6 +335,7 @@ def warp(xb, mats, mode='bilinear', padding='reflection', color=()):
 # %% ../nbs/10_transforms.ipynb #bbeb1b75
 GREY = .2989, .587, .114                                                    # what the eye makes of red, green and blue; ITU-R 601
 
+# %% ../nbs/10_transforms.ipynb #3587b064
 def recolor_(xb, brightness=None, contrast=None, saturation=None, hue=None, peak=1.):
     "`recolor` of floats 0 to `peak`, in place where it can be."
     w, one, rgb = xb.new_tensor(GREY if xb.shape[1] == 3 else [1/xb.shape[1]]*xb.shape[1]), xb.new_ones(len(xb)), xb.shape[1] == 3
@@ -337,6 +349,7 @@ def recolor_(xb, brightness=None, contrast=None, saturation=None, hue=None, peak
     if len(at): xb[at] = turn_hue(xb[at], hue.to(xb)[at])
     return xb
 
+# %% ../nbs/10_transforms.ipynb #fe450e3a
 def _mix_grey(scale, s, w):
     "Matrices (N, 3, 3): each colour `s` (N,) of itself and the rest its grey, times `scale`."
     return scale[:, None, None]*(s[:, None, None]*torch.eye(3).to(w) + (1 - s[:, None, None])*w)
@@ -351,6 +364,7 @@ def turn_hue(xb, turns):
     k = (h + xb.new_tensor([5., 3, 1]).view(1, 3, 1, 1)) % 6                                         # (N, 3, H, W)
     return mx - c*torch.minimum(k, 4 - k).clamp(0, 1)
 
+# %% ../nbs/10_transforms.ipynb #2a16be2a
 def recolor(xb, brightness=None, contrast=None, saturation=None, hue=None):
     """Pictures (N, C, H, W), bytes or floats 0–1, in other colours: in this order, the first three as one affine map, cut to the range at the end.
 
@@ -368,10 +382,12 @@ class PerSample:
     def hit(self, n, g): return torch.rand(n, generator=g) < self.p
     def between(self, n, a, b, g): return a + (b - a)*torch.rand(n, generator=g, dtype=torch.float64)
 
+# %% ../nbs/10_transforms.ipynb #77c8109a
 class RandomFlip(PerSample):
     "Each picture of a batch mirrored left to right, with probability `p`."
     def mats(self, shape, g): return dihedral_mats(self.hit(shape[0], g))
 
+# %% ../nbs/10_transforms.ipynb #563b4b8c
 class RandomDihedral(PerSample):
     "Each picture of a batch, with probability `p`, laid down in one of eight ways. (Where H is not W, a quarter turn cuts and fills like any other.)"
     def mats(self, shape, g): return dihedral_mats(torch.randint(8, shape[:1], generator=g)*self.hit(shape[0], g))
@@ -438,6 +454,7 @@ class RandomErasing(PerSample):
         colour = torch.rand(c, h, w, generator=g) if self.value is None else torch.full((1, h, w), float(self.value))
         return i, int(u[0]*(H - h + 1)), int(u[1]*(W - w + 1)), colour
 
+# %% ../nbs/10_transforms.ipynb #b0e11957
 class Patches:
     "Paints rectangles `[(i, top, left, colour 0–1 (C or 1, h, w))]` over a batch of bytes or floats 0–1, in place."
     def __init__(self, patches): self.patches = patches

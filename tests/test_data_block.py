@@ -237,11 +237,14 @@ def test_a_broken_file_is_an_error_with_its_name(broken):
     with pytest.raises(DataError, match='no such file'): open_image(broken/'nope.jpg')
 
 
-def test_the_pixel_limit_is_kept_and_lifted_for_one_list_only(tmp_path):
-    Image.new('L', (400, 400)).save(tmp_path/'a.png')
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg'])                                    # the second goes the fast way
+def test_the_pixel_limit_is_kept_and_lifted_for_one_list_only(name, tmp_path, simplejpeg):
+    simplejpeg(1)
+    Image.new('L', (400, 400)).save(tmp_path/name)
     before = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(DataError, match='a.png'): open_image(tmp_path/'a.png', max_pixels=1000)
-    assert Image.MAX_IMAGE_PIXELS == before and ImageList([tmp_path/'a.png'], max_pixels=10**6)[0].size == (400, 400)
+    for fast in (False, True):
+        with pytest.raises(DataError, match=name): ImageList([tmp_path/name], max_pixels=1000, fast=fast)[0]
+    assert Image.MAX_IMAGE_PIXELS == before and ImageList([tmp_path/name], max_pixels=10**6)[0].size == (400, 400)
 
 
 def test_verify_lists_and_never_deletes(broken):
