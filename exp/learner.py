@@ -271,6 +271,27 @@ def _set_rng_state(s):
     if s[3] is not None: torch.cuda.set_rng_state_all(s[3])
     if s[4] is not None: torch.mps.set_rng_state(s[4])
 
+# %% ../nbs/09b_learner.ipynb #2a961e5a
+def _refill(opt):
+    "A function that puts back what `opt` holds at this moment: the hypers, and what it remembers of each parameter, in the same tensors."
+    hypers = [(h, dict(h)) for h in get_hypers(opt)]
+    state = [(p, {k: (v, v.detach().clone() if torch.is_tensor(v) else v) for k, v in s.items()}) for p, s in opt.state.items()]
+    @torch.no_grad()
+    def back():
+        for h, was in hypers: h.clear(); h.update(was)
+        opt.state.clear()
+        for p, s in state: opt.state[p] = {k: v.copy_(was) if torch.is_tensor(v) else was for k, (v, was) in s.items()}
+    return back
+
+# %% ../nbs/09b_learner.ipynb #f7ec5b0e
+def _insides(o, found=None):
+    "Each list and dictionary in `o`, however deep, with a copy of what is in it: `[(o, copy)]`."
+    found = {} if found is None else found
+    if isinstance(o, (list, dict)) and id(o) not in found:
+        found[id(o)] = o, o.copy()
+        for v in (o.values() if isinstance(o, dict) else o): _insides(v, found)
+    return list(found.values())
+
 # %% ../nbs/09b_learner.ipynb #e38e0800
 @patch
 @contextmanager
@@ -284,9 +305,13 @@ def untouched(self: Learner, weights=True):
     model, theirs = self.model, [(cb, dict(vars(cb))) for cb in self.cbs if hasattr(cb, '__dict__')]
     modes, grads = [(m, m.training) for m in model.modules()], [(p, p.grad) for p in model.parameters()]
     tensors = {n: t.detach().clone() for n, t in [*model.named_buffers(), *(model.named_parameters() if weights else [])]}
+    inside = _insides([state for _, state in theirs])
+    refill = _refill(self.opt) if weights and self.opt is not None else lambda: None
     try: yield self
     finally:
         for o, state in [(self, mine), *theirs]: vars(o).clear(); vars(o).update(state)
+        for o, was in inside: o.clear(); (o.extend if isinstance(o, list) else o.update)(was)
+        refill()
         now = dict([*model.named_buffers(), *model.named_parameters()])
         with torch.no_grad():
             for n, t in tensors.items(): now[n].copy_(t)

@@ -330,6 +330,24 @@ def test_looking_leaves_no_trace(kind, fitted, data_home):
         plt.close('all')
 
 
+@pytest.mark.parametrize('opt_func', [sgd_mom_opt, adam_opt(), partial(torch.optim.SGD, momentum=.9), partial(torch.optim.Adam)], ids=['momentum', 'adam', "torch's SGD", "torch's Adam"])
+def test_steps_taken_inside_leave_no_trace_in_what_is_remembered(opt_func):
+    "Not in the optimizer's averages, nor in the lists of callbacks; and those who hold such a list or tensor still hold the one in use."
+    def run(inside):
+        set_seed(1)
+        learn = learner(st := AvgStatsCallback(accuracy, silent=True), rec := Recorder(), data=toy(seed=0), norm=True, opt_func=opt_func, lr=.01)
+        learn.fit(1)
+        rows, losses, state = st.rows, rec.losses, {p: dict(s) for p, s in learn.opt.state.items()}
+        if inside:
+            with pytest.raises(ZeroDivisionError), learn.untouched(): learn.fit(2); 1/0
+        assert st.rows is rows and len(rows) == 1 and rec.losses == losses and len(losses) == len(learn.data.train_dl)
+        assert all(v is state[p][k] for p, s in learn.opt.state.items() for k, v in s.items() if torch.is_tensor(v))
+        learn.fit(1)
+        return weights(learn), [r['train_loss'] for r in st.rows]
+    (a, rows_a), (b, rows_b) = run(True), run(False)
+    assert a.equal(b) and rows_a == rows_b
+
+
 @pytest.mark.parametrize('seed', [0, None])
 def test_training_goes_the_same_with_and_without_looks(seed):
     "The same thing from the other side: not what was put back is compared, but what comes of it."
