@@ -99,3 +99,15 @@ def test_the_results_in_the_readme_are_those_of_the_experiment():
     for command, mean, std, n in table:
         acc = [float(r['accuracy']) for r in rows if r['command'] == command]
         assert int(n) == len(acc) and f'{statistics.mean(acc):.3f}' == mean and (f'{statistics.stdev(acc):.3f}' if len(acc) > 1 else '') == std, command
+
+
+def test_the_augmented_runs_in_the_readme_are_those_of_the_experiments():
+    import csv
+    import statistics
+    def rows(name): return [*csv.DictReader(l for l in (ROOT/f'experiments/{name}.csv').read_text().splitlines() if l[0] != '#')]
+    runs = rows('augmentation') + [{**r, 'arm': 'plain'} for r in rows('data_block_sizes') if r['size'] == '128']
+    table = re.findall(r'\| (plain|augmented) \| (\d+) \| (0\.\d{3})(?: ± (0\.\d{3}))? \| (\d+) \|', (ROOT/'README.md').read_text())
+    assert {t[:2] for t in table} == {(r['arm'], r['epochs']) for r in runs}
+    for arm, epochs, mean, std, n in table:
+        acc = [float(r['accuracy']) for r in runs if (r['arm'], r['epochs']) == (arm, epochs)]
+        assert int(n) == len(acc) and f'{statistics.mean(acc):.3f}' == mean and (f'{statistics.stdev(acc):.3f}' if len(acc) > 1 else '') == std, (arm, epochs)
