@@ -72,11 +72,11 @@ def test_a_mistake_is_one_line_and_exit_2(args, data_home, tmp_path, monkeypatch
     assert status == 2 and said.startswith('exp-train: ') and len(said.strip().splitlines()) == 1, said
 
 
-def test_faults_of_a_folder(tmp_path, data_home):
+def test_faults_of_a_folder(tmp_path, data_home, capsys):
     def said(d):
-        r = run('--data', d, '--log-dir', tmp_path/'run', home=data_home)
-        assert r.returncode == 2 and len(r.stderr.strip().splitlines()) == 1 and 'Traceback' not in r.stderr
-        return r.stderr
+        status, err = T.main(['--data', str(d), '--log-dir', str(tmp_path/'run')]), capsys.readouterr().err
+        assert status == 2 and len(err.strip().splitlines()) == 1 and 'Traceback' not in err
+        return err
     for n in 'abcdef': (tmp_path/n).mkdir()
     assert 'no folder train/' in said(tmp_path/'a')
     assert 'no images' in said(folder(tmp_path/'b', n=0))
@@ -85,6 +85,8 @@ def test_faults_of_a_folder(tmp_path, data_home):
     bad = folder(tmp_path/'e')
     (bad/'train/a/0.png').write_text('no picture')
     assert 'train/a/0.png' in said(bad)
+    r = run('--data', bad, '--log-dir', tmp_path/'run', home=data_home)                  # and once in a process of its own
+    assert r.returncode == 2 and 'train/a/0.png' in r.stderr and len(r.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.skipif(os.name != 'posix' or os.geteuid() == 0, reason='root reads everything')
