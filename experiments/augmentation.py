@@ -6,7 +6,7 @@
 Network, optimizer and schedule are those of `exp-train`, pictures squeezed to 128 px and kept in memory. The arm 'augmented' adds, for each training picture
 and each epoch anew, a flip, a turn of up to 10 degrees, a zoom of 1 to 1.25 and a shift of up to a tenth, and smooths the labels by 0.1. These numbers were
 chosen beforehand and not tuned. A row is written when its training is done, and what the csv already holds is not run again; a training that was
-broken off goes on from its last whole epoch, to the bit (checkpoints in runs/). `cpu_seconds`: of all threads, loading included.
+broken off goes on from its last whole epoch, to the bit (checkpoints in runs/). `cpu_seconds`: of all threads, from the beginning of the fit; loading is not in them.
 """
 import argparse
 import csv

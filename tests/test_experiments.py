@@ -52,3 +52,21 @@ def test_an_augmented_training_that_was_killed(script, tmp_path, data_home, monk
     assert len(rows(broken)) == 2
     aug.main()                                                                                # nothing is left to do
     assert len(rows(broken)) == 2
+
+
+def test_a_recipe_in_two_sittings(script, tmp_path, data_home, monkeypatch):
+    for k, v in small_env(data_home).items(): monkeypatch.setenv(k, v)
+    rec = script('recipes')
+    monkeypatch.setattr(rec, 'FOLDER', tmp_path/'runs')
+    monkeypatch.setattr(rec, 'OUT', tmp_path/'r.csv')
+    monkeypatch.setattr(rec, 'RUNS', {'tiny': '--recipe cpu --epochs 2 --size 16 --width .125 --bs 100'})
+    monkeypatch.setattr(sys, 'argv', ['recipes.py', '--rows', 'tiny', '--seeds', '0'])
+    trained = rec.train
+    def killed(a): trained(a); os.kill(os.getpid(), signal.SIGTERM)                          # trained, and the row not yet written
+    with monkeypatch.context() as m:
+        m.setattr(rec, 'train', killed)
+        with pytest.raises(SystemExit): rec.main()
+    (result,) = (tmp_path/'runs').rglob('result.json')
+    rec.main()
+    (row,) = csv.DictReader(l for l in open(tmp_path/'r.csv') if l[0] != '#')
+    assert row['recipe'] == 'tiny' and row['epochs'] == '2' and 0 < float(row['accuracy']) < 1 and not result.exists()
