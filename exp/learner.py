@@ -26,7 +26,7 @@ from .callbacks import (EVENTS, AvgStats, AvgStatsCallback, Callback, CancelBatc
                            CancelFitException, Recorder, check_events, get_hypers, metric_name)
 from .convnets import Hooks, get_cnn_model, init_cnn
 from .data_block import ItemLoader, MultiCategoryProcessor, show_images
-from .optimizers import LR_Find, listify, sgd_opt
+from .optimizers import LR_Find, listify, opt_snapshot, sgd_opt
 
 # %% ../nbs/09b_learner.ipynb #199ec7e0
 def one_group(model):
@@ -271,18 +271,6 @@ def _set_rng_state(s):
     if s[3] is not None: torch.cuda.set_rng_state_all(s[3])
     if s[4] is not None: torch.mps.set_rng_state(s[4])
 
-# %% ../nbs/09b_learner.ipynb #2a961e5a
-def _refill(opt):
-    "A function that puts back what `opt` holds at this moment: the hypers, and what it remembers of each parameter, in the same tensors."
-    hypers = [(h, dict(h)) for h in get_hypers(opt)]
-    state = [(p, {k: (v, v.detach().clone() if torch.is_tensor(v) else v) for k, v in s.items()}) for p, s in opt.state.items()]
-    @torch.no_grad()
-    def back():
-        for h, was in hypers: h.clear(); h.update(was)
-        opt.state.clear()
-        for p, s in state: opt.state[p] = {k: v.copy_(was) if torch.is_tensor(v) else was for k, (v, was) in s.items()}
-    return back
-
 # %% ../nbs/09b_learner.ipynb #f7ec5b0e
 def _insides(o, found=None):
     "Each list and dictionary in `o`, however deep, with a copy of what is in it: `[(o, copy)]`."
@@ -306,12 +294,12 @@ def untouched(self: Learner, weights=True):
     modes, grads = [(m, m.training) for m in model.modules()], [(p, p.grad) for p in model.parameters()]
     tensors = {n: t.detach().clone() for n, t in [*model.named_buffers(), *(model.named_parameters() if weights else [])]}
     inside = _insides([state for _, state in theirs])
-    refill = _refill(self.opt) if weights and self.opt is not None else lambda: None
+    opt_back = opt_snapshot(self.opt) if weights and self.opt is not None else lambda: None
     try: yield self
     finally:
         for o, state in [(self, mine), *theirs]: vars(o).clear(); vars(o).update(state)
         for o, was in inside: o.clear(); (o.extend if isinstance(o, list) else o.update)(was)
-        refill()
+        opt_back()
         now = dict([*model.named_buffers(), *model.named_parameters()])
         with torch.no_grad():
             for n, t in tensors.items(): now[n].copy_(t)

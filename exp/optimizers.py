@@ -6,7 +6,7 @@
 __all__ = ['sgd_opt', 'sgd_mom_opt', 'lamb', 'lars', 'listify', 'Optimizer', 'sgd_step', 'weight_decay', 'l2_reg', 'Stat',
            'StatefulOptimizer', 'AverageGrad', 'momentum_step', 'nesterov_step', 'AverageSqrGrad', 'StepCount',
            'debias', 'adam_step', 'adam_opt', 'trust_ratio', 'lamb_step', 'lars_step', 'norm_bias_groups', 'NotBatched',
-           'TensorList', 'TorchOptimizer', 'CheckGrads', 'LR_Find', 'ParamScheduler', 'Recorder']
+           'TensorList', 'TorchOptimizer', 'CheckGrads', 'opt_snapshot', 'LR_Find', 'ParamScheduler', 'Recorder']
 
 # %% ../nbs/09_optimizers.ipynb #76ea3e32
 import inspect, random, warnings
@@ -726,15 +726,26 @@ def _generators(run):
     dl = run.data.train_dl
     return {id(g): g for g in (getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))) if g is not None}.values()
 
+# %% ../nbs/09_optimizers.ipynb #4d3cbd99
+def opt_snapshot(opt):
+    "A function that puts back what `opt` holds now: the hypers, and what it remembers of each parameter, in the same tensors. Torch's optimizers too."
+    hypers = [(h, dict(h)) for h in get_hypers(opt)]
+    state = [(p, {k: (v, v.detach().clone() if torch.is_tensor(v) else v) for k, v in s.items()}) for p, s in getattr(opt, 'state', {}).items()]
+    @torch.no_grad()
+    def back():
+        for h, was in hypers: h.clear(); h.update(was)
+        if hasattr(opt, 'state'): opt.state.clear()
+        for p, s in state: opt.state[p] = {k: v.copy_(was) if torch.is_tensor(v) else was for k, (v, was) in s.items()}
+    return back
+
 # %% ../nbs/09_optimizers.ipynb #62912dc0
 class _Snapshot:
     "Everything a few training steps change: weights, buffers, optimizer, generators, modes, counters. `back()` puts it there again."
     def __init__(self, run):
-        self.run, opt = run, run.opt
+        self.run = run
         self.tensors = [(t, t.detach().clone()) for t in (*run.model.parameters(), *run.model.buffers())]
         self.modes = [(m, m.training) for m in run.model.modules()]
-        self.hypers = [dict(h) for h in get_hypers(opt)]
-        self.state = {p: {k: v.clone() if torch.is_tensor(v) else v for k, v in s.items()} for p, s in getattr(opt, 'state', {}).items()}
+        self.opt_back = opt_snapshot(run.opt)
         self.counts = run.n_iter, run.epoch, run.in_train
         self.cpu, self.py, self.gens = torch.get_rng_state(), random.getstate(), [(g, g.get_state()) for g in _generators(run)]
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -746,8 +757,7 @@ def back(self: _Snapshot):
     run = self.run
     for t, old in self.tensors: t.copy_(old); t.grad = None
     for m, on in self.modes: m.training = on
-    for h, old in zip(get_hypers(run.opt), self.hypers): h.clear(); h.update(old)
-    if hasattr(run.opt, 'state'): run.opt.state.clear(); run.opt.state.update(self.state)
+    self.opt_back()
     run.n_iter, run.epoch, run.in_train = self.counts
     torch.set_rng_state(self.cpu); random.setstate(self.py)
     for g, s in self.gens: g.set_state(s)
