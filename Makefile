@@ -30,7 +30,7 @@ $(VENV)/stamp-bench: $(VENV)/stamp-dev
 run: $(VENV)/stamp-run       ## train on Imagenette (the sample where there is no network), print the table
 	@$(BIN)/exp-train $(ARGS)
 
-test: $(VENV)/stamp-dev      ## every test, every notebook among them, one process a core (make test JOBS=0: in this one)
+test: $(VENV)/stamp-dev      ## every test, every notebook among them, a process a core and one more (make test JOBS=0: in this one)
 	@echo "== tests (notebooks included)"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 

@@ -23,12 +23,18 @@ def small_env(home):
             'MPLBACKEND': env.get('MPLBACKEND', 'agg')}
 
 
+def pytest_xdist_auto_num_workers(config):
+    "`-n auto`: one process a core, and one more, for some tests wait for processes of their own."
+    return (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1) + 1
+
+
 @pytest.fixture(scope='session')
 def data_home(tmp_path_factory):
-    "One data folder for the session, with the drawn sample in it."
-    home = tmp_path_factory.mktemp('fastai')
+    "One data folder for the session and all its processes (`-n`), with the drawn sample in it: the first to come draws it."
     from exp.datasets import URLs, untar_data
-    untar_data(URLs.SAMPLE, base=home/'data')
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'fastai'
+    untar_data(URLs.SAMPLE, base=home/'data')                                          # two at once: one works, the others wait for it
     return home
 
 

@@ -1,6 +1,7 @@
 """Scripts of experiments/: a training that was killed goes on where it stood, gives the row it would have given, and its seconds add up."""
 import csv
 import os
+import shutil
 import signal
 import sys
 
@@ -31,8 +32,12 @@ def test_seconds_of_all_sittings(script, tmp_path):
 def test_an_augmented_training_that_was_killed(script, tmp_path, data_home, monkeypatch):
     for k, v in small_env(data_home).items(): monkeypatch.setenv(k, v)
     aug = script('augmentation')
+    for split, step in (('train', 6), ('val', 10)):                                          # every sixth of the drawn pictures: 140 of them, three batches
+        for f in sorted((data_home/'data/drawn-shapes-160'/split).rglob('*.JPEG'))[::step]:
+            (few := tmp_path/'few'/split/f.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(f, few)
     monkeypatch.setattr(aug, 'RUNS', tmp_path/'runs')
-    monkeypatch.setattr(sys, 'argv', ['augmentation.py', '--data', 'sample', '--size', '16', '--epochs', '3', '--seeds', '0'])
+    monkeypatch.setattr(sys, 'argv', ['augmentation.py', '--data', str(tmp_path/'few'), '--size', '16', '--epochs', '3', '--seeds', '0'])
     def rows(out): return [*csv.DictReader(l for l in open(out) if l[0] != '#')]
 
     monkeypatch.setattr(aug, 'OUT', whole := tmp_path/'whole.csv')

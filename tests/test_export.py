@@ -42,14 +42,10 @@ def run_main(project, *args):
     return r.returncode, r.stdout, r.stderr
 
 
-def test_exp_is_in_step_with_nbs():
-    r = python('-m', 'exp.export', '--check')
-    assert r.returncode == 0, r.stdout + r.stderr
-
-
-def test_readme_is_in_step_with_index():
-    r = python('-m', 'exp.export', '--check', '--readme')
-    assert r.returncode == 0, r.stdout + r.stderr
+@pytest.mark.parametrize('what', [(), ('--readme',)], ids=['exp with nbs', 'README with index'])
+def test_in_step(what, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert ex.main(['--check', *what]) == 0, capsys.readouterr()
 
 
 def test_every_module_has_a_notebook():

@@ -585,9 +585,5 @@ def test_ctrl_c_and_a_reader_who_leaves(tmp_path, folder, model, data_home):
     assert p.returncode == 141 and not err, err
 
 
-def test_importing_is_cheap():
-    "No matplotlib, onnx, IPython or torchvision, and no CUDA, from the import alone."
-    code = "import sys, torch, exp.interpret; print([m for m in ('matplotlib', 'onnx', 'onnxruntime', 'onnxscript', 'IPython', 'torchvision') if m in sys.modules], torch.cuda.is_initialized())"
-    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert r.stdout.strip() == '[] False', r.stdout + r.stderr
+def test_it_does_not_know_the_command():
     assert 'train_imagenette' not in (ROOT/'exp/interpret.py').read_text()

@@ -439,6 +439,7 @@ def test_over_two_processes_the_numbers_are_those_of_all_the_data(tmp_path):
         from torch import nn
         from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, accuracy, get_dls
         from exp.learner import Learner, SumStats
+        from exp.optimizers import sgd_opt
         rank = int(sys.argv[1])
         torch.distributed.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=rank, world_size=2)
         g = torch.Generator().manual_seed(0)
@@ -448,7 +449,7 @@ def test_over_two_processes_the_numbers_are_those_of_all_the_data(tmp_path):
         model = nn.Linear(10, 3)
         data = DataBunch(*get_dls(Dataset(x[mine], y[mine]), Dataset(x[mine], y[mine]), 16, seed=0))
         stats = AvgStatsCallback(accuracy, silent=True)
-        learn = Learner(model, data, F.cross_entropy, torch.optim.SGD, lr=0., cbs=[stats, SumStats()])
+        learn = Learner(model, data, F.cross_entropy, sgd_opt, lr=0., cbs=[stats, SumStats()])
         learn.fit(1)
         with torch.no_grad(): want = [F.cross_entropy(model(x), y).item(), (model(x).argmax(1) == y).float().mean().item()]
         row = stats.rows[0]

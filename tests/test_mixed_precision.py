@@ -1,15 +1,11 @@
 """Mixed precision beside torch's own recipe, to the bit; under overflow, accumulation, clipping, faults and restarts; ChannelsLast and Compile leave nothing."""
 import copy
 import math
-import subprocess
-import sys
-import textwrap
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from event_log import Log
 from torch import nn
 
@@ -417,13 +413,3 @@ def test_compiled_fits_resume_and_their_checkpoints_open_without_compiling(tmp_p
     newest = max(tmp_path.glob('*.pt'))
     learner().load(newest)                                               # an uncompiled model takes it as it is
     assert torch.allclose(weights(run(start=True).model), weights(whole.model), atol=1e-6)
-
-
-def test_importing_is_cheap():
-    code = textwrap.dedent("""
-        import sys, exp.mixed_precision, exp.mixup
-        bad = [m for m in ('torch._dynamo', 'torch._inductor', 'matplotlib', 'torchvision', 'IPython') if m in sys.modules]
-        assert not bad, bad
-    """)
-    r = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr

@@ -153,7 +153,7 @@ def test_ctrl_c_tells_how_far_it_got_and_how_to_go_on(data_home, tmp_path):
     assert 'Traceback' not in err and time.monotonic() - started < 10
 
 
-def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(data_home, tmp_path):
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(data_home, tmp_path, capsys):
     args = '--recipe', 'lesson', '--width', .5, '--tfms', 'crop', '--crops', '16-20', '--size', 24, '--epochs', 2, '--ema', .9, '--mixup', .2, '--validate', 1, '--opt', 'ranger'
     whole = run('--data', 'sample', *args, '--log-dir', tmp_path/'whole', '--json', tmp_path/'whole.json', home=data_home)
     assert whole.returncode == 0, whole.stderr
@@ -161,10 +161,8 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(data_home, tmp_path
     read_until(p, lambda l: l.split()[:1] == ['0'])
     while not list((tmp_path/'killed').glob('seed-42/checkpoints/*.pt')): time.sleep(.05)
     p.kill(); p.communicate()
-    wrong = run('--resume', '--log-dir', tmp_path/'killed', '--lr', .5, home=data_home)
-    assert wrong.returncode == 2 and 'was begun with lr 0.008, and 0.5 is asked for' in wrong.stderr
-    again = run('--data', 'sample', '--log-dir', tmp_path/'killed', home=data_home)
-    assert again.returncode == 2 and 'holds a run already: --resume' in again.stderr
+    assert T.main(['--resume', '--log-dir', str(tmp_path/'killed'), '--lr', '.5']) == 2 and 'was begun with lr 0.008, and 0.5 is asked for' in capsys.readouterr().err
+    assert T.main(['--data', 'sample', '--log-dir', str(tmp_path/'killed')]) == 2 and 'holds a run already: --resume' in capsys.readouterr().err
     r = run('--resume', '--log-dir', tmp_path/'killed', '--json', tmp_path/'killed.json', home=data_home)
     assert r.returncode == 0, r.stderr
     a, b = (json.loads((tmp_path/f'{n}.json').read_text()) for n in ('whole', 'killed'))
