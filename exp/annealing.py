@@ -11,7 +11,16 @@ from functools import partial, wraps
 
 from .callbacks import Callback, get_hypers
 
+# %% ../nbs/05_annealing.ipynb #24376dd3
+class _Sched:
+    "A schedule with its ends fixed; kept by name, so that a checkpoint or a worker can hold it."
+    def __init__(self, name, start, end): self.name, self.start, self.end = name, start, end
+    def __call__(self, pos): return _SHAPES[self.name](self.start, self.end, pos)
+    def __repr__(self): return f'{self.name.rpartition(".")[2]}({self.start}, {self.end})'
+
 # %% ../nbs/05_annealing.ipynb #c287f48c
+_SHAPES = {}
+
 def annealer(f):
     "Turns `f(start, end, pos)` into `f(start, end)`, which gives a function of `pos` in 0–1. It pickles."
     @wraps(f)
@@ -20,15 +29,7 @@ def annealer(f):
     _SHAPES[name] = f
     return _inner
 
-_SHAPES = {}
-
-class _Sched:
-    "A schedule with its ends fixed; kept by name, so that a checkpoint or a worker can hold it."
-    def __init__(self, name, start, end): self.name, self.start, self.end = name, start, end
-    def __call__(self, pos): return _SHAPES[self.name](self.start, self.end, pos)
-    def __repr__(self): return f'{self.name.rpartition(".")[2]}({self.start}, {self.end})'
-
-# %% ../nbs/05_annealing.ipynb #bcfd68f5
+# %% ../nbs/05_annealing.ipynb #cf2e4eee
 @annealer
 def sched_lin(start, end, pos):
     "A straight line from `start` to `end`."
@@ -39,6 +40,7 @@ def sched_cos(start, end, pos):
     "Half a cosine: flat at both ends, steep in the middle (Loshchilov & Hutter 2017, equation 5)."
     return start + (1 + math.cos(math.pi*(1 - pos)))*(end - start)/2
 
+# %% ../nbs/05_annealing.ipynb #bcfd68f5
 @annealer
 def sched_no(start, end, pos):
     "Constant at `start`."
@@ -49,7 +51,7 @@ def sched_exp(start, end, pos):
     "Geometric: equal ratios in equal times. Both ends must have one sign."
     return start*(end/start)**pos
 
-# %% ../nbs/05_annealing.ipynb #8412b33a
+# %% ../nbs/05_annealing.ipynb #5945be4e
 class combine_scheds:
     "Plays `scheds` one after the other, each for its share in `pcts` (which add up to 1). Raises `ValueError` if they do not."
     def __init__(self, pcts, scheds):
@@ -64,6 +66,7 @@ class combine_scheds:
         begin = self.ends[i] - self.pcts[i]
         return self.scheds[i](min(1., (pos - begin)/self.pcts[i]))
 
+# %% ../nbs/05_annealing.ipynb #8412b33a
 def cos_1cycle_anneal(start, high, end):
     "The two cosine pieces of one cycle, `start` → `high` → `end`, for `combine_scheds`."
     return [sched_cos(start, high), sched_cos(high, end)]
