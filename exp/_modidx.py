@@ -66,6 +66,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'exp.callbacks.Dataset.__getitems__': ('callbacks.html#dataset.__getitems__', 'exp/callbacks.py'),
                                'exp.callbacks.Dataset.__init__': ('callbacks.html#dataset.__init__', 'exp/callbacks.py'),
                                'exp.callbacks.Dataset.__len__': ('callbacks.html#dataset.__len__', 'exp/callbacks.py'),
+                               'exp.callbacks.Dataset.is_tensors': ('callbacks.html#dataset.is_tensors', 'exp/callbacks.py'),
                                'exp.callbacks.Recorder': ('callbacks.html#recorder', 'exp/callbacks.py'),
                                'exp.callbacks.Recorder.after_batch': ('callbacks.html#recorder.after_batch', 'exp/callbacks.py'),
                                'exp.callbacks.Recorder.begin_fit': ('callbacks.html#recorder.begin_fit', 'exp/callbacks.py'),

@@ -29,7 +29,9 @@ class Dataset:
         self.x, self.y = x, y
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i], self.y[i]
-    def __getitems__(self, idxs): return self.x[idxs], self.y[idxs]       # a whole batch at once, for tensors
+    def is_tensors(self): return torch.is_tensor(self.x) and torch.is_tensor(self.y)
+    def __getitems__(self, idxs):                                         # a whole batch at once, for tensors
+        return (self.x[idxs], self.y[idxs]) if self.is_tensors() else [self[i] for i in idxs]
 
 # %% ../nbs/04_callbacks.ipynb #e0e36898
 def _is_batch(b): return b          # __getitems__ has stacked the batch already; a named function, so that it pickles
@@ -41,8 +43,8 @@ def get_dls(train_ds, valid_ds, bs, seed=None, **kwargs):
     for name, ds in (('training', train_ds), ('validation', valid_ds)):
         if not len(ds): raise ValueError(f'the {name} set is empty')
     g = None if seed is None else torch.Generator().manual_seed(seed)
-    if isinstance(train_ds, Dataset) and torch.is_tensor(train_ds.x): kwargs.setdefault('collate_fn', _is_batch)
-    return (DataLoader(train_ds, bs, shuffle=True, generator=g, **kwargs), DataLoader(valid_ds, bs*2, shuffle=False, **kwargs))
+    def kw(ds): return {**({'collate_fn': _is_batch} if isinstance(ds, Dataset) and ds.is_tensors() else {}), **kwargs}
+    return DataLoader(train_ds, bs, shuffle=True, generator=g, **kw(train_ds)), DataLoader(valid_ds, bs*2, shuffle=False, **kw(valid_ds))
 
 # %% ../nbs/04_callbacks.ipynb #d4daf459
 class DataBunch:

@@ -404,7 +404,8 @@ def write(self: Checkpoint, run, epoch, batch):
 def start(self: Checkpoint, learn):
     """`(epoch, batch)` for `learn.fit(…, start=…)`: where the newest checkpoint in the folder stands, `(0, 0)` where there is none.
 
-    One that cannot be read is named in a warning, and the one before it taken. `CheckpointError`: none can be read, or it is of another model, optimizer or data."""
+    One that cannot be read is named in a warning, and the one before it taken. `CheckpointError`: none can be read, or it is of another model or data (another
+    optimizer is refused when the fit begins)."""
     self.found, broken = None, []
     for f in self.files():
         try: d = read_file(f, 'checkpoint')

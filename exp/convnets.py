@@ -15,7 +15,7 @@ from torch import nn
 
 from .callbacks import Runner
 
-# %% ../nbs/06_convnets.ipynb #33e6ff10
+# %% ../nbs/06_convnets.ipynb #4c6f81ca
 class Lambda(nn.Module):
     "A layer that applies the function `func`."
     def __init__(self, func): super().__init__(); self.func = func
@@ -26,6 +26,7 @@ def flatten(x):
     "(N, C, 1, 1) to (N, C)."
     return x.flatten(1)
 
+# %% ../nbs/06_convnets.ipynb #33e6ff10
 class Hook:
     "Calls `f(hook, module, input, output)` after each forward pass of `module`; a context manager, removed at its end."
     def __init__(self, module, f): self.handle = module.register_forward_hook(partial(f, self))
@@ -42,7 +43,7 @@ class Hooks(list):
     def __enter__(self): return self
     def __exit__(self, *args): self.remove()
 
-# %% ../nbs/06_convnets.ipynb #0c061b2f
+# %% ../nbs/06_convnets.ipynb #29867875
 def append_stats(hook, mod, inp, out, lo=-2., hi=8., bins=40):
     "Hook function: appends mean, standard deviation and a histogram (`bins` between `lo` and `hi`) of a training-mode output to `hook.stats`."
     if not mod.training: return
@@ -50,6 +51,7 @@ def append_stats(hook, mod, inp, out, lo=-2., hi=8., bins=40):
     o = out.detach().float().cpu()
     for l, v in zip(hook.stats, (o.mean().item(), o.std().item(), o.histc(bins, lo, hi))): l.append(v)
 
+# %% ../nbs/06_convnets.ipynb #18781d92
 def plot_stats(hooks, title=''):
     "Means, standard deviations and the share of near-zero outputs, a line per layer."
     import matplotlib.pyplot as plt                             # here, so that importing exp does not wait for it
@@ -62,6 +64,7 @@ def plot_stats(hooks, title=''):
     axs[0].legend(fontsize=6); fig.suptitle(title, fontsize=10); fig.tight_layout()
     return fig
 
+# %% ../nbs/06_convnets.ipynb #0c061b2f
 def plot_hists(hooks, title=''):
     "Histogram of each layer's outputs against batch: bright is many (log scale)."
     import matplotlib.pyplot as plt
@@ -95,15 +98,17 @@ class GeneralRelu(nn.Module):
         return x if self.maxv is None else x.clamp_max(self.maxv)
     def extra_repr(self): return f'leak={self.leak}, sub={self.sub}, maxv={self.maxv}'
 
+# %% ../nbs/06_convnets.ipynb #7f0c4540
 def conv_relu(ni, nf, ks=3, stride=2, **kwargs):
     "Convolution (padding keeps the size at stride 1) and `GeneralRelu(**kwargs)`."
     return nn.Sequential(nn.Conv2d(ni, nf, ks, stride=stride, padding=ks//2), GeneralRelu(**{'inplace': True, **kwargs}))
 
-# %% ../nbs/06_convnets.ipynb #f6586f7a
+# %% ../nbs/06_convnets.ipynb #e6d4dd98
 def prev_pow_2(n):
     "The largest power of two that is at most `n` (`n` ≥ 1)."
     return 1 << (int(n).bit_length() - 1)
 
+# %% ../nbs/06_convnets.ipynb #00d4c09d
 def get_cnn_layers(data, nfs, layer=conv_relu, **kwargs):
     "The layers of the lesson's CNN for `data.c_in` channels and `data.c_out` classes; `nfs`: channels of the layers after the stem."
     def f(ni, nf, stride=2): return layer(ni, nf, 3, stride=stride, **kwargs)
@@ -112,6 +117,7 @@ def get_cnn_layers(data, nfs, layer=conv_relu, **kwargs):
     nfs = [l1*4, *nfs]
     return [*stem, *(f(i, o) for i, o in zip(nfs, nfs[1:])), nn.AdaptiveAvgPool2d(1), Lambda(flatten), nn.Linear(nfs[-1], data.c_out)]
 
+# %% ../nbs/06_convnets.ipynb #f6586f7a
 def get_cnn_model(data, nfs, layer=conv_relu, **kwargs):
     "`get_cnn_layers` as an `nn.Sequential`: (N, c_in, H, W) floats to (N, c_out) scores."
     return nn.Sequential(*get_cnn_layers(data, nfs, layer, **kwargs))

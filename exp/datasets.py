@@ -8,7 +8,7 @@ __all__ = ['SAMPLE_CLASSES', 'MNIST_FILES', 'unzip_data', 'URLs', 'DataError', '
            'untar_data', 'read_idx', 'mnist']
 
 # %% ../nbs/01_datasets.ipynb #fa4cb1bb
-import colorsys, gzip, hashlib, json, os, shutil, sys, tarfile, tempfile, time, urllib.error, urllib.request, zipfile
+import colorsys, gzip, hashlib, json, os, shutil, sys, tarfile, tempfile, time, urllib.error, urllib.request, zipfile, zlib
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -66,8 +66,9 @@ def _untar(archive, to):
     with open(archive, 'rb') as f: gz = f.read(2) == b'\x1f\x8b'
     if gz:                                          # a gzip file ends with its unpacked size (modulo 4 GiB)
         with open(archive, 'rb') as f: f.seek(-4, 2); _need_space(to, int.from_bytes(f.read(4), 'little'), f'unpacking {archive.name}')
-    with tarfile.open(archive) as t:
-        _check_members(((m.name, m.isfile() or m.isdir()) for m in t), archive.name)
+    with (gzip.open if gz else open)(archive, 'rb') as f:
+        with tarfile.open(fileobj=f) as t: _check_members(((m.name, m.isfile() or m.isdir()) for m in t), archive.name)
+        while f.read(1 << 20): pass                 # to the very end, where gzip's checksum stands: tar stops before it
     with tarfile.open(archive) as t: t.extractall(to, **({'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}))
 
 # %% ../nbs/01_datasets.ipynb #d3beabaf
@@ -88,7 +89,7 @@ def unpack(archive, dest):
         (_unzip if zipfile.is_zipfile(archive) else _untar)(archive, tmp)
         tops = list(tmp.iterdir())
         os.replace(tops[0] if len(tops) == 1 and tops[0].is_dir() else tmp, dest)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile) as e:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f'{archive}: not a whole archive ({e}); delete it and try again') from None
     except OSError as e: raise DataError(f'{archive}: could not be unpacked into {dest.parent}: {e.strerror or e}') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
@@ -256,15 +257,17 @@ def _from_mirror(name, to, mirror):
     return f
 
 # %% ../nbs/01_datasets.ipynb #5abdc7e3
-def get_archive(url, to, tries=4):
-    "The archive at `url`, from the mirror or else the official address: `(path, where from)`. Raises `DataError` naming what failed."
+def get_archive(url, to, tries=4, folder=None):
+    """The archive at `url`, from the mirror or else the official address: `(path, where from)`. Raises `DataError` naming what failed.
+
+    `folder`: where the unpacked data would be looked for, for that message."""
     name, mirror, why = PurePosixPath(urlsplit(url).path).name, os.environ.get('EXP_MIRROR'), []
     if mirror:
         try: return _from_mirror(name, to, mirror), mirror
         except DataError as e: why.append(f'mirror: {e}')
     try: return download(url, to/name, published_digest(url), tries), url
     except DataError as e: why.append(str(e))
-    raise DataError(f'{name} could not be had ({"; ".join(why)}). Three ways out: put the unpacked folder at {data_home()/data_name(url)}; '
+    raise DataError(f'{name} could not be had ({"; ".join(why)}). Three ways out: put the unpacked folder at {folder or data_home()/data_name(url)}; '
                     f'or set EXP_MIRROR to a folder or address that holds {name} and SHA256SUMS; or go online and call again.')
 
 # %% ../nbs/01_datasets.ipynb #153c3a31
@@ -290,10 +293,10 @@ def untar_data(url, base=None, quiet=False, tries=4):
             if not quiet: print(f'getting {name}', file=sys.stderr)
             keep = base.parent/'archive'; keep.mkdir(exist_ok=True)     # a broken-off download waits here for the next call
             if url == URLs.MNIST:
-                for f in MNIST_FILES: shutil.copyfile(get_archive(url+f, keep, tries)[0], tmp/f)
+                for f in MNIST_FILES: shutil.copyfile(get_archive(url+f, keep, tries, dest)[0], tmp/f)
                 os.chmod(tmp, 0o755); os.replace(tmp, dest)
             else:
-                archive, origin = get_archive(url, keep, tries)
+                archive, origin = get_archive(url, keep, tries, dest)
                 unpack(archive, tmp/name)
                 (tmp/name/'.origin.json').write_text(json.dumps({'url': url, 'from': origin}))
                 os.replace(tmp/name, dest)

@@ -205,7 +205,7 @@ class OneOf(Mixer):
 def distill_loss(pred, teacher, T=20.):
     """`T²·KL(softmax(teacher/T) ‖ softmax(pred/T))`, mean over items, of scores (N, C). 0 where the two agree.
 
-    Its gradient is that of He et al. 2019, section 5.2 (arXiv 1812.01187), after Hinton et al. 2015 (arXiv 1503.02531)."""
+    Its gradient is that of He et al. 2019, section 5.3 (arXiv 1812.01187), after Hinton et al. 2015 (arXiv 1503.02531)."""
     return T*T*F.kl_div(F.log_softmax(pred/T, 1), F.log_softmax(teacher/T, 1), reduction='batchmean', log_target=True)
 
 # %% ../nbs/10b_mixup.ipynb #95b2a65a

@@ -12,6 +12,7 @@ __all__ = ['sgd_opt', 'sgd_mom_opt', 'lamb', 'lars', 'listify', 'Optimizer', 'sg
 import inspect, random, warnings
 from functools import partial
 
+import numpy as np
 import torch
 from fastcore.basics import patch
 
@@ -205,7 +206,7 @@ sgd_mom_opt = partial(StatefulOptimizer, steppers=[weight_decay, momentum_step],
 
 # %% ../nbs/09_optimizers.ipynb #e2130676
 class AverageSqrGrad(Stat):
-    "Moving average of the squared gradients in `state['sqr_avg']`, its damp in `state['sqr_damp']`; `dampening` as in `AverageGrad`."
+    "Moving average of the squared gradients in `state['sqr_avg']`, its damp in `state['sqr_damp']`; `dampening`: True, damp is 1 − sqr_mom; False, it is 1."
     _defaults = dict(sqr_mom=0.99)
     def __init__(self, dampening=True): self.dampening = dampening
     def init_state(self, p): return {'sqr_avg': torch.zeros_like(p)}
@@ -747,7 +748,9 @@ class _Snapshot:
         self.modes = [(m, m.training) for m in run.model.modules()]
         self.opt_back = opt_snapshot(run.opt)
         self.counts = run.n_iter, run.epoch, run.in_train
-        self.cpu, self.py, self.gens = torch.get_rng_state(), random.getstate(), [(g, g.get_state()) for g in _generators(run)]
+        self.epochs = [(dl, dl.epoch) for dl in (run.data.train_dl, run.data.valid_dl) if hasattr(dl, 'epoch')]      # a loader's order may follow from it
+        self.cpu, self.py, self.np = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        self.gens = [(g, g.get_state()) for g in _generators(run)]
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
 # %% ../nbs/09_optimizers.ipynb #b7a4da15
@@ -759,7 +762,8 @@ def back(self: _Snapshot):
     for m, on in self.modes: m.training = on
     self.opt_back()
     run.n_iter, run.epoch, run.in_train = self.counts
-    torch.set_rng_state(self.cpu); random.setstate(self.py)
+    for dl, n in self.epochs: dl.epoch = n
+    torch.set_rng_state(self.cpu); random.setstate(self.py); np.random.set_state(self.np)
     for g, s in self.gens: g.set_state(s)
     if self.cuda is not None: torch.cuda.set_rng_state_all(self.cuda)
 

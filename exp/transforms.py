@@ -424,7 +424,7 @@ class RandomPerspective(PerSample):
 # %% ../nbs/10_transforms.ipynb #e39dc135
 class RandomColor(PerSample):
     """Each picture's brightness, contrast and saturation by a factor between 1/(1 + x) and 1 + x, its hue by up to `hue` of the colour wheel, with
-    probability `p`. None: not drawn, which is quicker than 0."""
+    probability `p`. None or 0: not drawn."""
     def __init__(self, brightness=.2, contrast=.2, saturation=None, hue=None, p=.75):
         super().__init__(p)
         self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue

@@ -202,3 +202,13 @@ def test_get_runner_takes_any_optimizer():
     data = small_data()
     r = get_runner(nn.Linear(10, 3), data, .01, opt_func=partial(torch.optim.AdamW, weight_decay=.1)).fit(1)
     assert isinstance(r.opt, torch.optim.AdamW) and get_hypers(r.opt)[0]['weight_decay'] == .1
+
+
+def test_lists_load_as_tensors_do():
+    "`Dataset` takes any two sequences; torch's loader asks it for whole batches."
+    x, y = [1., 2., 3., 4., 5.], [0, 1, 0, 2, 1]
+    for xs, ys in ((x, y), (torch.tensor(x), y), (x, torch.tensor(y))):
+        train, valid = get_dls(Dataset(xs, ys), Dataset(torch.tensor(x), torch.tensor(y)), 2, seed=0)
+        assert sorted(v for xb, _ in train for v in xb.tolist()) == x and [len(xb) for xb, _ in train] == [2, 2, 1]
+        assert all(y[x.index(a)] == b for xb, yb in train for a, b in zip(xb.tolist(), yb.tolist()))
+        assert torch.cat([xb for xb, _ in valid]).tolist() == x and next(iter(valid))[1].dtype == torch.int64

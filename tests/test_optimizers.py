@@ -5,12 +5,14 @@ import random
 import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from exp.callbacks import AvgStatsCallback, Callback, CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls
+from exp.data_block import ItemLoader
 from exp.optimizers import (AverageGrad, AverageSqrGrad, CheckGrads, LR_Find, Optimizer, ParamScheduler, Stat, StatefulOptimizer,
                             StepCount, TensorList, TorchOptimizer, adam_opt, adam_step, debias, l2_reg, lamb, lars, momentum_step,
                             nesterov_step, norm_bias_groups, sgd_mom_opt, sgd_opt, sgd_step, weight_decay)
@@ -564,6 +566,21 @@ def test_lr_find_puts_everything_back(opt_func, at):
     a = runner(opt_func).fit(1).fit(1)
     run.fit(1)                                                  # and the next epoch is the one it would have been
     assert all(p.equal(q) for p, q in zip(a.model.parameters(), run.model.parameters()))
+
+
+def test_lr_find_leaves_the_place_in_the_data_and_numpy():
+    "The order of an ItemLoader follows from its epoch, and a transform may draw from numpy."
+    class DrawsNumpy(Callback):
+        def after_pred(self, run): np.random.rand()
+    run = runner()
+    x, y = torch.randn(60, 20), torch.randint(0, 3, (60,))
+    run.data = DataBunch(ItemLoader(Dataset(x, y), 10, shuffle=True, seed=3), ItemLoader(Dataset(x, y), 10, shuffle=False, seed=3))
+    run.model = nn.Linear(20, 3); run.opt = sgd_mom_opt(run.model.parameters(), lr=.1)
+    order, at = [b[1].tolist() for b in ItemLoader(Dataset(x, y), 10, shuffle=True, seed=3)], np.random.get_state()[2]
+    run.cbs = [find := LR_Find(max_iter=20, max_lr=1.), DrawsNumpy()]
+    run.fit(99)
+    assert len(find.lrs) == 20 and run.data.train_dl.epoch == 0 and np.random.get_state()[2] == at
+    assert [b[1].tolist() for b in run.data.train_dl] == order
 
 
 def test_lr_find_suggests_a_rate_that_trains():
