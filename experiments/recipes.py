@@ -1,12 +1,13 @@
 """What the recipes of exp-train reach on all of Imagenette: writes recipes.csv beside itself, a row for each training.
 
-    EXP_MIRROR=../shared/mirror python experiments/recipes.py [--rows lesson "5 minutes" …] [--seeds 0 1 2] [--most N]
+    EXP_MIRROR=../shared/mirror python experiments/recipes.py [--rows lesson "5 epochs" …] [--seeds 0 1 2] [--most N] [--again]
 
-A row of RUNS is a name and the options of exp-train behind it; "minutes" are those of two cores of the machine named in the csv's head. Optimizer,
-rate and batch size were chosen on a fifth of the training set that was held out, for the 5 minutes; the longer rows take them over and no setting of
-theirs was compared. The 3,925 validation pictures judge each row once for each seed. `cpu_seconds` is what all
-threads together took, loading included: on a machine that is shared it says more than a clock. What the csv already holds is not run again; a training that was
-broken off goes on from its last whole epoch (runs/).
+A row of RUNS is a name and the options of exp-train behind it. Optimizer, rate and batch size were chosen on a fifth of the training set that was
+held out, for 5 epochs; the longer rows take them over and no setting of theirs was compared. The 3,925 validation pictures judge each row once for
+each seed. `cpu_seconds` is what all threads together took, loading included: on a machine that is shared it says more than a clock. `arithmetic`
+says what the convolutions were computed in: exp-train takes bfloat16 on a processor that has it ("AVX-512 BF16"), float32 elsewhere, and the seconds
+of the two are of two machines. A row that the csv holds, in whichever arithmetic, is not run again unless --again asks for it in this machine's;
+a training that was broken off goes on from its last whole epoch (runs/).
 """
 import argparse
 import csv
@@ -17,14 +18,21 @@ from pathlib import Path
 from sittings import RUNS as FOLDER
 from sittings import sitting
 
+from exp.mixed_precision import cpu_bf16
 from exp.train_imagenette import get_parser, train
 
 OUT = Path(__file__).with_suffix('.csv')
-FIELDS = ['recipe', 'seed', 'accuracy', 'valid_loss', 'train_loss', 'data', 'n_train', 'n_valid', 'size', 'epochs', 'device', 'threads', 'cpu_seconds', 'seconds', 'torch', 'command']
+FIELDS = ['recipe', 'seed', 'accuracy', 'valid_loss', 'train_loss', 'data', 'n_train', 'n_valid', 'size', 'epochs', 'device', 'arithmetic', 'threads', 'cpu_seconds', 'seconds', 'torch', 'command']
 RUNS = {'lesson': '--recipe lesson',
-        '5 minutes': '--recipe cpu',
-        '15 minutes': '--recipe cpu --epochs 13 --crops 64-96 --size 112 --validate 0',
-        '60 minutes': '--recipe cpu --epochs 42 --crops 64-112 --size 128 --validate 0'}
+        '5 epochs': '--recipe cpu',
+        '13 epochs': '--recipe cpu --epochs 13 --crops 64-96 --size 112 --validate 0',
+        '42 epochs': '--recipe cpu --epochs 42 --crops 64-112 --size 128 --validate 0'}
+
+
+def arithmetic(r):
+    "What `r`, the settings of a training on a CPU, computes in: float32, or bfloat16 and the instructions for it."
+    how = cpu_bf16() if r['bf16'] is not False else None
+    return f'bfloat16 ({how})' if how else 'float32'
 
 
 def run(name, seed):
@@ -34,20 +42,22 @@ def run(name, seed):
         r = train(get_parser().parse_args([*options.split(), '--log-dir', str(folder), '--resume']))
         last = r['rows'][-1]
         row = {k: r[k] for k in FIELDS if k in r} | dict(recipe=name, accuracy=round(r['accuracy'], 5), valid_loss=round(last['valid_loss'], 5),
-              train_loss=round(last['train_loss'], 5), seconds=round(r['seconds']), cpu_seconds=round(cpu()), command='exp-train ' + RUNS[name])
+              train_loss=round(last['train_loss'], 5), arithmetic=arithmetic(r), seconds=round(r['seconds']), cpu_seconds=round(cpu()), command='exp-train ' + RUNS[name])
     return row, folder
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    p.add_argument('--rows', nargs='+', choices=list(RUNS), default=['lesson', '5 minutes', '15 minutes'])
+    p.add_argument('--rows', nargs='+', choices=list(RUNS), default=['lesson', '5 epochs', '13 epochs'])
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--most', type=int, default=10**6, help='stop after this many trainings')
+    p.add_argument('--again', action='store_true', help="also rows that the csv holds in another arithmetic than this machine's")
     a = p.parse_args()
     if not OUT.exists():
         cpu = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
         OUT.write_text(f'# python experiments/recipes.py; python {platform.python_version()}, {platform.machine()}, {cpu}\n' + ','.join(FIELDS) + '\n')
-    done = {(r['command'], int(r['seed'])) for r in csv.DictReader(l for l in OUT.read_text().splitlines() if l[0] != '#')}
+    rows = [*csv.DictReader(l for l in OUT.read_text().splitlines() if l[0] != '#')]
+    done = {(r['command'], int(r['seed'])) for r in rows if not a.again or r['arithmetic'] == arithmetic({'bf16': None})}
     todo = [(n, s) for n in a.rows for s in a.seeds if ('exp-train ' + RUNS[n], s) not in done]
     for name, seed in todo[:a.most]:
         row, folder = run(name, seed)
