@@ -6,7 +6,7 @@
 __all__ = ['cpu_bf16', 'native_dtype', 'no_autocast_because', 'MixedPrecision', 'ChannelsLast', 'no_compile_because', 'Compile']
 
 # %% ../nbs/10c_mixed_precision.ipynb #12ef2a5f
-import importlib.util, os, shutil, statistics, sys, time, warnings
+import importlib.util, itertools, os, shutil, statistics, sys, time, warnings
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ class MixedPrecision(Callback):
     def __init__(self, dtype=None, init_scale=2.**16, growth_interval=2000):
         self.want = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(dtype, dtype)
         if self.want not in (None, torch.bfloat16, torch.float16): raise ValueError(f'dtype is torch.bfloat16, torch.float16 or None (find out), not {dtype}')
-        self.init_scale, self.growth_interval, self.dtype, self.scaler, self.context, self.said = init_scale, growth_interval, None, None, None, False
+        self.init_scale, self.growth_interval, self.dtype, self.scaler, self.context, self.said, self.hooks = init_scale, growth_interval, None, None, None, False, ()
         self.skipped = self.waited = self.since = self.in_a_row = 0
 
 # %% ../nbs/10c_mixed_precision.ipynb #1a456235
@@ -104,6 +104,33 @@ def begin_fit(self: MixedPrecision, run):
     if not fp16: self.scaler = None
     elif self.scaler is None: self.scaler = torch.amp.GradScaler(self.device.type, self.init_scale, growth_interval=self.growth_interval)
     self.skipped = self.waited = self.since = self.in_a_row = 0
+    if self.dtype is torch.bfloat16 and self.device.type == 'cpu': self.hooks = _zero_unused(run.model)
+
+# %% ../nbs/10c_mixed_precision.ipynb #71c9a68f
+def _taps(n, k, stride, padding, dilation):
+    "For each of `k` taps along an axis of `n` pixels: does it ever meet a pixel, and not only padding?"
+    starts = range(-padding, n + padding - dilation*(k - 1), stride)
+    return [any(0 <= s + t*dilation < n for s in starts) for t in range(k)]
+
+# %% ../nbs/10c_mixed_precision.ipynb #9d55f011
+class _ZeroUnused:
+    "Hooks of the convolution `conv`: weights that see nothing but padding get their gradient, 0. (torch's bfloat16 on CPUs leaves there what was in memory.)"
+    def __init__(self, conv): self.conv, self.handles = conv, (conv.register_forward_pre_hook(self.look), conv.weight.register_hook(self.zero))
+    def look(self, conv, inp): self.size = inp[0].shape[-len(conv.kernel_size):]
+    def zero(self, grad):
+        c = self.conv
+        used = [_taps(*a) for a in zip(self.size, c.kernel_size, c.stride, c.padding, c.dilation)]
+        if all(map(all, used)): return
+        unused = torch.tensor([not all(u) for u in itertools.product(*used)]).view(c.kernel_size)
+        return grad.masked_fill(unused.to(grad.device), 0)
+    def remove(self):
+        for h in self.handles: h.remove()
+
+# %% ../nbs/10c_mixed_precision.ipynb #37b22c1b
+def _zero_unused(model):
+    "`_ZeroUnused` for the convolutions of `model` with zeros for padding; a list, to be removed after the fit."
+    def padded(m): return isinstance(m, torch.nn.modules.conv._ConvNd) and not m.transposed and m.padding_mode == 'zeros' and not isinstance(m.padding, str) and any(m.padding)
+    return [_ZeroUnused(m) for m in model.modules() if padded(m) and m.weight.is_leaf and m.weight.requires_grad]
 
 # %% ../nbs/10c_mixed_precision.ipynb #2c681630
 @patch
@@ -116,7 +143,14 @@ def begin_batch(self: MixedPrecision, run):
 def leave(self: MixedPrecision, run):
     if self.context is not None: self.context.__exit__(None, None, None); self.context = None
 
-MixedPrecision.after_cancel_batch = MixedPrecision.after_cancel_epoch = MixedPrecision.after_fit = MixedPrecision.leave
+MixedPrecision.after_cancel_batch = MixedPrecision.after_cancel_epoch = MixedPrecision.leave
+
+# %% ../nbs/10c_mixed_precision.ipynb #533822e0
+@patch
+def after_fit(self: MixedPrecision, run):
+    self.leave(run)
+    for h in self.hooks: h.remove()
+    self.hooks = ()
 
 # %% ../nbs/10c_mixed_precision.ipynb #e1d568a4
 @patch

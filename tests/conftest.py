@@ -23,6 +23,7 @@ def small_env(home):
             'MPLBACKEND': env.get('MPLBACKEND', 'agg')}
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     "`-n auto`: one process a core, and one more, for some tests wait for processes of their own."
     return (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1) + 1

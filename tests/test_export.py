@@ -32,7 +32,7 @@ def project(tmp_path):
     return tmp_path
 
 
-def tree(root): return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(Path(root).rglob('*')) if p.is_file()}
+def tree(root): return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(Path(root).rglob('*')) if p.is_file() and '__pycache__' not in p.parts}
 
 
 def run_main(project, *args):

@@ -146,6 +146,27 @@ def test_bf16_equals_the_recipe_to_the_bit(kind):
     assert weights(model).equal(weights(recipe(sgd, torch.amp.GradScaler('cpu', enabled=False), torch.bfloat16)[0]))
 
 
+@pytest.mark.parametrize('shape', [(64, 128, 1, 3, 2, 1), (32, 64, 1, 3, 2, 1), (16, 16, 2, 5, 1, 2), (8, 16, 2, 3, 2, 1), (8, 8, 3, 3, 1, 1), (3, 8, 1, 1, 1, 0)])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_weights_that_see_only_padding_have_no_gradient_in_bf16(shape, layout):
+    "torch 2.14 on a CPU with bfloat16 leaves their gradients unwritten: NaN, where memory held one. The reference is autograd in float64."
+    ci, co, size, kernel, stride, padding = shape
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(ci, co, kernel, stride, padding), torch.randn(16, ci, size, size)
+    y = F.conv2d(x.double(), w := conv.weight.detach().double().requires_grad_(), conv.bias.detach().double(), stride, padding)
+    y.square().mean().backward()
+    model, seen = nn.Sequential(conv).to(memory_format=layout), []
+    class Keep:
+        _order = 900
+        def after_backward(self, run): seen.append(run.model[0].weight.grad.clone())
+    def junk(pred, yb): full = [torch.full((w.numel(),), float('nan')) for _ in range(8)]; del full; return pred.square().mean()
+    dl = [(x.contiguous(memory_format=layout), torch.zeros(16))]
+    Learner(model, DataBunch(dl, None), junk, sgd_opt, lr=0., cbs=[MixedPrecision('bf16'), Keep()]).fit(1)
+    (grad,) = seen
+    assert (grad - w.grad).abs().max() < .02*w.grad.abs().max() and grad[w.grad == 0].eq(0).all()
+    assert not conv._forward_pre_hooks and not conv.weight._backward_hooks                 # and nothing stays behind
+
+
 def test_the_old_runner_skips_too():
     sgd = partial(torch.optim.SGD, momentum=.9)
     run = Runner(m := net(), toy(), F.cross_entropy, sgd(m.parameters(), lr=.1), [mp := MixedPrecision('fp16', init_scale=2.**21)]).fit(2)
