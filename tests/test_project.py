@@ -98,10 +98,10 @@ def test_the_results_in_the_readme_are_those_of_the_experiment():
     import csv
     import statistics
     rows = [*csv.DictReader(l for l in (ROOT/'experiments/recipes.csv').read_text().splitlines() if l[0] != '#')]
-    table = re.findall(r'\| `(exp-train [^`]*)` \| (0\.\d{3})(?: ± (0\.\d{3}))? \| (\d+) \|', (ROOT/'README.md').read_text())
-    assert {t[0] for t in table} == {r['command'] for r in rows}
-    for command, mean, std, n in table:
-        acc = [float(r['accuracy']) for r in rows if r['command'] == command]
+    table = re.findall(r'\| `(exp-train [^`]*)` \| (float32|bfloat16) \| (0\.\d{3})(?: ± (0\.\d{3}))? \| (\d+) \|', (ROOT/'README.md').read_text())
+    assert {t[:2] for t in table} == {(r['command'], r['arithmetic'].split()[0]) for r in rows}
+    for command, arithmetic, mean, std, n in table:
+        acc = [float(r['accuracy']) for r in rows if (r['command'], r['arithmetic'].split()[0]) == (command, arithmetic)]
         assert int(n) == len(acc) and f'{statistics.mean(acc):.3f}' == mean and (f'{statistics.stdev(acc):.3f}' if len(acc) > 1 else '') == std, command
 
 
