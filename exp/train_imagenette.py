@@ -148,13 +148,18 @@ RECIPES = dict(
                 mixup=0., smooth=0., ema=0., validate=1),
     cpu=dict(arch='xresnet18', width=.5, epochs=5, size=96, crops=(48, 80), bs=64, opt='adam', lr=.01, wd=.01, sched='cycle', tfms='crop',
              mixup=0., smooth=.1, ema=0., validate=2),
+    cpu16=dict(arch='xresnet18', width=.5, epochs=13, size=112, crops=(64, 96), bs=64, opt='adam', lr=.01, wd=.01, sched='cycle', tfms='crop',
+               mixup=0., smooth=.1, ema=0., validate=4),
     gpu=dict(arch='leaderboard', width=1., epochs=5, size=128, crops=None, bs=32, opt='ranger', lr=8e-3, wd=1e-4, sched='flat', tfms='flip',
              mixup=0., smooth=.1, ema=0., validate=1))
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b0001e
 def get_recipe(name=None, device='cpu', **changes):
-    "The settings of recipe `name` (None: `gpu` on a GPU, else `cpu`) with `changes`, of which None means none. Raises `ValueError` for an unknown name."
-    name = name or ('gpu' if torch.device(device).type == 'cuda' else 'cpu')
+    """The settings of recipe `name` with `changes`, of which None means none. Raises `ValueError` for an unknown name.
+
+    `name` None: `gpu` on an NVIDIA GPU, `cpu16` on a processor that computes in bfloat16, else `cpu`."""
+    kind = torch.device(device).type
+    name = name or ('gpu' if kind == 'cuda' else 'cpu16' if kind == 'cpu' and native_dtype(device)[0] else 'cpu')
     if name not in RECIPES: raise ValueError(f'there is no recipe {name!r}; there are {", ".join(RECIPES)}')
     if new := [k for k in changes if k not in RECIPES[name]]: raise ValueError(f'a recipe has no {new[0]!r}; it has {", ".join(RECIPES[name])}')
     r = {'recipe': name, **RECIPES[name], **{k: v for k, v in changes.items() if v is not None}}
@@ -200,7 +205,7 @@ def _sizes(s):
 def _recipe_options(p):
     g = p.add_argument_group('the recipe, and what to change in it')
     add, number = g.add_argument, _number
-    add('--recipe', choices=list(RECIPES), help='the settings to start from (gpu where there is an NVIDIA GPU, else cpu)')
+    add('--recipe', choices=list(RECIPES), help='the settings to start from (gpu where there is an NVIDIA GPU, cpu16 on a processor that computes in bfloat16, else cpu)')
     add('--arch', choices=list(ARCHS), help='the network')
     add('--width', type=number(float, .01, 16), help='times the usual number of channels')
     add('--epochs', type=number(int, 1), help='passes over the training set')
@@ -260,7 +265,9 @@ def settle(a):
     old = Path(a.log_dir)/'config.json'
     if a.resume and old.exists(): return _same_settings(given, json.loads(old.read_text()), old)
     if old.exists(): raise DataError(f'{a.log_dir} holds a run already: --resume goes on with it, another --log-dir begins a new one')
-    r = get_recipe(a.recipe, checked_device(a.device), **{k: v for k, v in given.items() if k in RECIPES['cpu']})
+    device = checked_device(a.device)
+    name = a.recipe or ('cpu' if a.bf16 is False and device.type == 'cpu' else None)
+    r = get_recipe(name, device, **{k: v for k, v in given.items() if k in RECIPES['cpu']})
     return {'data': a.data, 'bs_given': a.bs is not None, **r, 'crops': list(r['crops']), 'bf16': a.bf16, 'compile': a.compile, 'seed': a.seed, 'runs': a.runs}
 
 # %% ../nbs/11b_train_imagenette.ipynb #bcfe8ff0

@@ -39,11 +39,11 @@ def test_trains_and_says_on_what(data_home, tmp_path):
     r = run('--data', 'sample', '--size', 32, '--epochs', 1, '--json', tmp_path/'r.json', '--log-dir', tmp_path/'run', home=data_home)
     assert r.returncode == 0, r.stderr
     first, second, *_, model, last = r.stdout.strip().splitlines()
-    assert 'sample (drawn)' in first and '800 images' in first and 'recipe cpu, arch xresnet18, width 0.5, crops ' in second
+    assert 'sample (drawn)' in first and '800 images' in first and re.search('recipe cpu(16)?, arch xresnet18, width 0.5, crops ', second)
     assert re.fullmatch(r'accuracy 0\.\d{3} · sample \(drawn\) · 300 validation images · 1 epochs · 32 px · seed 42 · \S+ · \d+ s', last)
     j = json.loads((tmp_path/'r.json').read_text())
     assert f"{j['accuracy']:.3f}" in last and j['rows'][-1]['valid_accuracy'] == j['accuracy'] and len(j['classes']) == 10
-    assert j['recipe'] == 'cpu' and j['opt'] == 'adam' and j['bs'] == 16
+    assert j['recipe'] == T.get_recipe(device=j['device'])['recipe'] and j['opt'] == 'adam' and j['bs'] == 16
     assert '\r' not in r.stdout + r.stderr, 'carriage returns fill a log'
     from exp.interpret import main as predict
     pictures = sorted((data_home/'data/drawn-shapes-160/val').glob('*/*.JPEG'))[::60]
@@ -214,9 +214,14 @@ def test_every_setting_changes_the_result(change, small_weights):
     assert w.shape != small_weights.shape or not w.equal(small_weights) and w.isfinite().all()
 
 
-def test_recipes():
+def test_recipes(monkeypatch):
     for name in T.RECIPES: assert T.get_recipe(name)['recipe'] == name and set(T.get_recipe(name)) == {'recipe', *T.RECIPES['cpu']}
-    assert T.get_recipe(device='cuda')['recipe'] == 'gpu' and T.get_recipe(device='cpu')['recipe'] == T.get_recipe(device='mps')['recipe'] == 'cpu'
+    assert T.get_recipe(device='cuda')['recipe'] == 'gpu' and T.get_recipe(device='mps')['recipe'] == 'cpu'
+    for native, want in ((torch.bfloat16, 'cpu16'), (None, 'cpu')):
+        monkeypatch.setattr(T, 'native_dtype', lambda device, native=native: (native, ''))
+        assert T.get_recipe(device='cpu')['recipe'] == T.settle(T.get_parser().parse_args(['--device', 'cpu', '--log-dir', '/nowhere/x']))['recipe'] == want
+        assert T.settle(T.get_parser().parse_args(['--device', 'cpu', '--no-bf16', '--log-dir', '/nowhere/x']))['recipe'] == 'cpu'
+    assert {**T.RECIPES['cpu'], **dict(epochs=13, size=112, crops=(64, 96), validate=4)} == T.RECIPES['cpu16']      # the row of 13 epochs in the README
     assert T.get_recipe('lesson', opt='adam')['lr'] == T.LRS['adam'] and T.get_recipe('lesson', opt='adam', lr=1.)['lr'] == 1. and T.get_recipe('lesson', opt='sgd')['lr'] == .3
     with pytest.raises(ValueError, match="no recipe 'cake'; there are lesson"): T.get_recipe('cake')
     options = vars(T.get_parser().parse_args([]))
