@@ -454,6 +454,7 @@ def test_over_two_processes_the_numbers_are_those_of_all_the_data(tmp_path):
         with torch.no_grad(): want = [F.cross_entropy(model(x), y).item(), (model(x).argmax(1) == y).float().mean().item()]
         row = stats.rows[0]
         print(json.dumps([want, list(learn.validate().values()), [row['valid_loss'], row['valid_accuracy']], [row['train_loss'], row['train_accuracy']]]))
+        torch.distributed.destroy_process_group()
     '''))
     import json
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
