@@ -406,4 +406,8 @@ def _how_far(a, done):
     return f'after {n} epochs{best}' + (f'; exp-train --resume --log-dir {a.log_dir} goes on' if n else '')
 
 # %% ../nbs/11b_train_imagenette.ipynb #e325fc84
-if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
+if __name__ == '__main__' and '__file__' in globals():
+    status = main()
+    sys.stdout.flush(); sys.stderr.flush()
+    if 'RANK' in os.environ: os._exit(status)
+    sys.exit(status)

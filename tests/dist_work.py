@@ -373,4 +373,7 @@ def main(folder, out, how=None, timeout='60'):
         if rank == 0: torch.save({**result(learn), 'start': start}, out)
 
 
-if __name__ == '__main__': main(*sys.argv[1:])
+if __name__ == '__main__':
+    main(*sys.argv[1:])
+    sys.stdout.flush(); sys.stderr.flush()
+    os._exit(0)                              # the interpreter's tidying up aborts now and then over gloo's threads
