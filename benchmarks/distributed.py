@@ -36,7 +36,7 @@ def _bare(ds, bs):
     def run():
         total, order = torch.zeros(3, dtype=torch.float64), torch.randperm(len(ds), generator=torch.Generator().manual_seed(0))
         for idxs in order.split(bs):
-            xb, yb = ds.__getitems__(idxs[rank*len(idxs)//world:(rank + 1)*len(idxs)//world])
+            xb, yb = ds[idxs[rank*len(idxs)//world:(rank + 1)*len(idxs)//world]]
             pred = model(xb)
             loss = F.cross_entropy(pred, yb)
             loss.backward(); opt.step(); opt.zero_grad()

@@ -22,12 +22,11 @@ class _Sched:
 _SHAPES = {}
 
 def annealer(f):
-    "Turns `f(start, end, pos)` into `f(start, end)`, which gives a function of `pos` in 0–1. It pickles."
-    @wraps(f)
-    def _inner(start, end): return _Sched(name, start, end)
+    "Turns `f(start, end, pos)` into `f(start, end)`, which gives a function of `pos` in 0–1. It pickles where `f` is not made inside a function."
     name = f'{f.__module__}.{f.__qualname__}'
+    if '<locals>' in name: return wraps(f)(lambda start, end: partial(f, start, end))
     _SHAPES[name] = f
-    return _inner
+    return wraps(f)(lambda start, end: _Sched(name, start, end))
 
 # %% ../nbs/05_annealing.ipynb #cf2e4eee
 @annealer
@@ -56,14 +55,14 @@ class combine_scheds:
     "Plays `scheds` one after the other, each for its share in `pcts` (which add up to 1). Raises `ValueError` if they do not."
     def __init__(self, pcts, scheds):
         if len(pcts) != len(scheds): raise ValueError(f'{len(pcts)} shares for {len(scheds)} schedules')
-        if any(p < 0 for p in pcts) or abs(sum(pcts) - 1) > 1e-6: raise ValueError(f'the shares {list(pcts)} must be positive and add up to 1')
+        if any(p < 0 for p in pcts) or abs(sum(pcts) - 1) > 1e-6: raise ValueError(f'the shares {list(pcts)} must not be negative and must add up to 1')
         self.pcts, self.scheds = list(pcts), list(scheds)
         self.ends = [sum(self.pcts[:i+1]) for i in range(len(self.pcts))]
 
     def __call__(self, pos):
         i = min(bisect.bisect_right(self.ends, pos), len(self.pcts) - 1)
         while i and not self.pcts[i]: i -= 1                             # a piece of no length is never played
-        begin = self.ends[i] - self.pcts[i]
+        begin = self.ends[i-1] if i else 0.                              # not ends[i] − pcts[i]: by a rounding, pos would be below it
         return self.scheds[i](min(1., (pos - begin)/self.pcts[i]))
 
 # %% ../nbs/05_annealing.ipynb #8412b33a

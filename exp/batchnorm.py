@@ -29,8 +29,8 @@ class BatchNorm(nn.Module):
             m, v = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)                    # (C,)
             with torch.no_grad():
                 n = x.numel()/x.shape[1]
-                self.running_mean.lerp_(m, self.mom)
-                self.running_var.lerp_(v*n/(n-1), self.mom)
+                self.running_mean.lerp_(m.to(self.running_mean.dtype), self.mom)
+                self.running_var.lerp_((v*n/(n-1)).to(self.running_var.dtype), self.mom)
         def col(t): return t[:, None, None]                                             # (C,) -> (C, 1, 1)
         return (x - col(m))/col(v + self.eps).sqrt()*col(self.weight) + col(self.bias)
 
@@ -45,7 +45,7 @@ def conv_layer(ni, nf, ks=3, stride=2, norm=nn.BatchNorm2d, norm_first=False, **
 class RunningBatchNorm(nn.Module):
     """Batch norm of (N, C, H, W) by debiased running statistics in training too; for small batches. Source: fast.ai, lesson 10 (2019).
 
-    `mom`: share of the new batch in the sums, corrected for the batch's size."""
+    `mom`: share of the new batch in the sums at batch sizes 1 and 2; of larger batches more. In 16 bits the sums are taken in those of the buffers."""
     def __init__(self, nf, mom=0.1, eps=1e-5):
         super().__init__()
         self.mom, self.eps = mom, eps
@@ -57,19 +57,20 @@ class RunningBatchNorm(nn.Module):
 
     def update(self, x):
         n, bs = x.numel()/x.shape[1], x.shape[0]
+        x = x.to(torch.promote_types(x.dtype, self.sums.dtype))  # squares of 16-bit numbers overflow
         mom = 1 - (1 - self.mom)/max(bs - 1, 1)**.5
         sums, sqrs = self.sums.lerp(x.sum((0, 2, 3)), mom), self.sqrs.lerp((x*x).sum((0, 2, 3)), mom)
         with torch.no_grad():                                    # sum, square sum and count share one debiasing, so it cancels
             self.count.lerp_(torch.tensor(n, dtype=self.count.dtype, device=x.device), mom)
             self.seen += bs
             self.sums.copy_(sums.detach()); self.sqrs.copy_(sqrs.detach())
-        return sums, sqrs
+        return sums, sqrs, self.count.clone()                    # a copy: the way back needs it, and the next batch changes ours
 
     def forward(self, x):
-        sums, sqrs = self.update(x) if self.training else (self.sums, self.sqrs)
+        sums, sqrs, count = self.update(x) if self.training else (self.sums, self.sqrs, self.count)
         if not self.training and not self.count: return x*self.weight[:, None, None] + self.bias[:, None, None]     # never trained: nothing known yet
-        mean = sums/self.count
-        var = sqrs/self.count - mean*mean
+        mean = sums/count
+        var = sqrs/count - mean*mean
         var = var.clamp_min(torch.where(self.seen < 20, .01, 0.).to(var.dtype))      # a tensor: the GPU need not wait for an `if`
         k = self.weight/(var + self.eps).sqrt()
-        return x*k[:, None, None] + (self.bias - mean*k)[:, None, None]
+        return (x*k[:, None, None] + (self.bias - mean*k)[:, None, None]).to(x.dtype)

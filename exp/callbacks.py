@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 # %% ../nbs/04_callbacks.ipynb #d318d7d2
 def accuracy(pred, yb):
@@ -30,11 +30,16 @@ class Dataset:
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i], self.y[i]
     def is_tensors(self): return torch.is_tensor(self.x) and torch.is_tensor(self.y)
-    def __getitems__(self, idxs):                                         # a whole batch at once, for tensors
-        return (self.x[idxs], self.y[idxs]) if self.is_tensors() else [self[i] for i in idxs]
+    def __getitems__(self, idxs): return _Rows(*self[idxs]) if self.is_tensors() else [self[i] for i in idxs]      # a whole batch at once
 
 # %% ../nbs/04_callbacks.ipynb #e0e36898
-def _is_batch(b): return b          # __getitems__ has stacked the batch already; a named function, so that it pickles
+class _Rows:
+    "The batch `x, y` as a sequence of its items."
+    def __init__(self, x, y): self.x, self.y = x, y
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return self.x[i], self.y[i]
+
+def _stack(items): return (items.x, items.y) if isinstance(items, _Rows) else default_collate(items)      # named, so that it pickles
 
 # %% ../nbs/04_callbacks.ipynb #22e94bc0
 def get_dls(train_ds, valid_ds, bs, seed=None, **kwargs):
@@ -43,8 +48,8 @@ def get_dls(train_ds, valid_ds, bs, seed=None, **kwargs):
     for name, ds in (('training', train_ds), ('validation', valid_ds)):
         if not len(ds): raise ValueError(f'the {name} set is empty')
     g = None if seed is None else torch.Generator().manual_seed(seed)
-    def kw(ds): return {**({'collate_fn': _is_batch} if isinstance(ds, Dataset) and ds.is_tensors() else {}), **kwargs}
-    return DataLoader(train_ds, bs, shuffle=True, generator=g, **kw(train_ds)), DataLoader(valid_ds, bs*2, shuffle=False, **kw(valid_ds))
+    kwargs = {'collate_fn': _stack, **kwargs}
+    return DataLoader(train_ds, bs, shuffle=True, generator=g, **kwargs), DataLoader(valid_ds, bs*2, shuffle=False, **kwargs)
 
 # %% ../nbs/04_callbacks.ipynb #d4daf459
 class DataBunch:
@@ -147,7 +152,7 @@ class AvgStats:
     @torch.no_grad()
     def accumulate(self, run):
         n = len(run.xb)
-        now = torch.stack([run.loss.detach().float(), *(m(run.pred.detach(), run.yb).float() for m in self.metrics)]) * n
+        now = torch.stack([run.loss.detach().float(), *(torch.as_tensor(m(run.pred.detach(), run.yb), device=run.loss.device).float() for m in self.metrics)]) * n
         self.totals = now if self.totals is None else self.totals + now
         self.count += n
 

@@ -77,7 +77,7 @@ def plot_hists(hooks, title=''):
 
 # %% ../nbs/06_convnets.ipynb #59cda688
 def init_cnn(model, leak=0., uniform=False):
-    "Kaiming initialisation (He et al. 2015, eq. 10 and 15) of every conv and linear layer but the last linear; biases 0. Returns `model`."
+    "Kaiming initialisation (He et al. 2015, eq. 10 and 15) of every conv and linear layer (a last linear one with gain 1); biases 0. Returns `model`."
     layers = [l for l in model.modules() if isinstance(l, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
     init = nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_
     for l in layers:

@@ -667,7 +667,7 @@ class _Batches(torch.utils.data.Dataset):
     def __getitem__(self, key):
         seed, idxs = key
         s = self.source
-        if isinstance(s, Dataset): return *s.__getitems__(torch.from_numpy(idxs)), {}
+        if isinstance(s, Dataset): return *s[torch.from_numpy(idxs)], {}
         xb, kept, bad = getattr(s, 'x', s).batch(idxs, seed, self.on_error)
         return xb, s.y[kept] if hasattr(s, 'y') else None, bad
 

@@ -8,7 +8,7 @@ __all__ = ['SAMPLE_CLASSES', 'MNIST_FILES', 'unzip_data', 'URLs', 'DataError', '
            'untar_data', 'read_idx', 'mnist']
 
 # %% ../nbs/01_datasets.ipynb #fa4cb1bb
-import colorsys, gzip, hashlib, json, os, shutil, sys, tarfile, tempfile, time, urllib.error, urllib.request, zipfile, zlib
+import colorsys, gzip, hashlib, http.client, json, os, shutil, sys, tarfile, tempfile, time, urllib.error, urllib.request, zipfile, zlib
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -88,6 +88,7 @@ def unpack(archive, dest):
     try:
         (_unzip if zipfile.is_zipfile(archive) else _untar)(archive, tmp)
         tops = list(tmp.iterdir())
+        os.chmod(tmp, 0o755)                                     # a temporary folder is for its owner only
         os.replace(tops[0] if len(tops) == 1 and tops[0].is_dir() else tmp, dest)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f'{archive}: not a whole archive ({e}); delete it and try again') from None
@@ -135,16 +136,18 @@ def download(url, dest, digest=None, tries=4, timeout=30):
     dest, wait = Path(dest), .5
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.with_name(dest.name + '.part')
+    if digest and dest.exists() and file_digest(dest, digest[0]) == digest[1]: return dest
     for i in range(tries):
         try: _fetch_once(url, part, timeout); break
         except urllib.error.HTTPError as e:
             if e.code == 416: part.unlink(missing_ok=True)           # the rest was asked for of a file that has no rest
             elif e.code < 500: raise DataError(f'{url}: the server says {e.code} {e.reason}') from None
             last = f'the server says {e.code} {e.reason}'
-        except (ConnectionError, TimeoutError, urllib.error.URLError, OSError) as e:
+        except (OSError, http.client.HTTPException) as e:            # URLError, ConnectionError, TimeoutError are kinds of OSError
             if getattr(e, 'errno', None) in (28, 122):               # ENOSPC, EDQUOT
                 raise DataError(f'{dest.name}: the disk of {dest.parent} is full; what came is kept in {part.name}, free some space and try again') from None
-            last = str(getattr(e, 'reason', e))
+            what = str(getattr(e, 'reason', e))
+            last = what if isinstance(e, OSError) else f'{type(e).__name__} {what.strip()!r}'
         if i < tries - 1: time.sleep(wait); wait *= 2
     else: raise DataError(f'{url}: {last} (tried {tries} times; what came is kept, the next call goes on from there)')
     if digest and (got := file_digest(part, digest[0])) != digest[1]:
@@ -273,25 +276,31 @@ def get_archive(url, to, tries=4, folder=None):
 # %% ../nbs/01_datasets.ipynb #153c3a31
 MNIST_FILES = tuple(f'{s}-{k}-ubyte.gz' for s in ('train', 't10k') for k in ('images-idx3', 'labels-idx1'))
 
+# %% ../nbs/01_datasets.ipynb #01folder
+def _folder(path):
+    "The folder `path`, made where there is none. Raises `DataError` where nothing can be written to it."
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise DataError(f'the folder {path} cannot be made: {e.strerror}. $FASTAI_HOME names another place') from None
+    if not os.access(path, os.W_OK): raise DataError(f'the folder {path} cannot be written to. $FASTAI_HOME names another place')
+    return path
+
 # %% ../nbs/01_datasets.ipynb #4c331803
 def untar_data(url, base=None, quiet=False, tries=4):
     """The folder of the data set at `url`, fetched and unpacked at first use. Raises `DataError` where it cannot be had.
 
     Order: `base` (default `data_home()`), the mirror in `$EXP_MIRROR`, the official address with its published digest."""
     url = URLs.SAMPLE if os.environ.get('EXP_DATA') == 'sample' and url != URLs.MNIST else url
-    from filelock import FileLock                                # here: it takes longer to import than all of this module
+    from filelock import FileLock                                # here: only a fetch needs it
     base, name = Path(base) if base else data_home(), data_name(url)
     dest = base/name
     if dest.is_dir(): return dest
-    try: base.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise DataError(f'the data folder {base} cannot be made: {e.strerror}') from None
-    with FileLock(str(base/f'.{name}.lock')):
+    with FileLock(str(_folder(base)/f'.{name}.lock')):
         if dest.is_dir(): return dest                        # another process was quicker
         tmp = Path(tempfile.mkdtemp(prefix=f'.{name}.', dir=base))
         try:
             if url == URLs.SAMPLE: os.replace(make_sample(tmp/'sample'), dest); return dest
             if not quiet: print(f'getting {name}', file=sys.stderr)
-            keep = base.parent/'archive'; keep.mkdir(exist_ok=True)     # a broken-off download waits here for the next call
+            keep = _folder((data_home().parent if base == data_home() else base)/'archive')    # a broken-off download waits here for the next call
             if url == URLs.MNIST:
                 for f in MNIST_FILES: shutil.copyfile(get_archive(url+f, keep, tries, dest)[0], tmp/f)
                 os.chmod(tmp, 0o755); os.replace(tmp, dest)
@@ -311,12 +320,14 @@ unzip_data = untar_data     # the slides' name for it
 # %% ../nbs/01_datasets.ipynb #52e7afb2
 def read_idx(path):
     "A gzipped idx file as a uint8 array of the shape in its header. Raises `DataError` for anything else."
+    path = Path(path)
     try:
-        raw = gzip.decompress(Path(path).read_bytes())
+        raw = gzip.decompress(path.read_bytes())
         shape = [int.from_bytes(raw[4+4*i:8+4*i], 'big') for i in range(raw[3])]
         if raw[:3] != b'\0\0\x08': raise ValueError('not an idx file of bytes')
         return np.frombuffer(raw, np.uint8, offset=4 + 4*len(shape)).reshape(shape)
-    except (ValueError, IndexError, OSError, EOFError) as e: raise DataError(f'{path}: cannot be read ({e}); delete it and call again') from None
+    except (ValueError, IndexError, OSError, EOFError, zlib.error) as e:
+        raise DataError(f'{path}: cannot be read ({e}); delete the folder {path.parent} and call again') from None
 
 # %% ../nbs/01_datasets.ipynb #98113f26
 def mnist(base=None):

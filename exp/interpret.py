@@ -42,7 +42,7 @@ def readable(label):
 
 # %% ../nbs/11a_interpret.ipynb #7ac2223b
 def item_losses(loss_func, preds, targets):
-    "The loss of each item (N,), float32 on the CPU: that of a batch of one, so that it does not matter how `loss_func` reduces."
+    "The loss of each item (N,), float32 on the CPU: that of a batch of one, so that mean or sum do not matter. (Weights of classes cancel in it.)"
     return torch.stack([loss_func(preds[i:i+1], targets[i:i+1]).detach().float().mean() for i in range(len(preds))]).cpu()
 
 # %% ../nbs/11a_interpret.ipynb #3a9fd404
@@ -378,7 +378,7 @@ def _agree(learn, f, xb, what):
     g = torch.Generator().manual_seed(0)
     noise = torch.rand(3, *xb.shape[1:], generator=g)
     noise = noise.to(xb.dtype) if xb.is_floating_point() else (noise*256).to(xb.dtype)
-    ours, theirs = learn.get_preds([noise])[0], f(noise)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False): ours, theirs = learn.get_preds([noise])[0], f(noise)
     if not (err := (ours - theirs).abs().max().item()) <= 1e-4*max(1, ours.abs().max().item()):
         raise ValueError(f'{what} differs from the learner by {err:.2g}: a callback shapes the batch in a way that cannot travel ({", ".join(type(cb).__name__ for cb in learn.cbs)})')
 
@@ -543,7 +543,7 @@ def predict_all(a, done):
 
 # %% ../nbs/11a_interpret.ipynb #811f0fbb
 def main(args=None):
-    "`exp-predict`. Exit status 0: all predicted; 1: some files could not be read; 2: a mistake in the options or the model; 130: interrupted."
+    "`exp-predict`. Exit status 0: all predicted; 1: some files could not be read; 2: a mistake in the options or the model; 130: interrupted; 141: nobody reads on."
     a, done = get_parser().parse_args(args), []
     try: return 1 if predict_all(a, done) else 0
     except KeyboardInterrupt: _complain(f'interrupted after {len(done):,} pictures'); return 130

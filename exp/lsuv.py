@@ -128,7 +128,7 @@ class _Weight:
         self.left = ('its weight is computed from other parameters' if self.w is None else 'frozen' if not self.w.requires_grad else
                      None if self.w.is_floating_point() else f'its weight is of type {self.w.dtype}')
 
-    def is_off(self, tol): return not abs(self.now[2] - 1) < tol
+    def is_off(self, tol): return self.now is None or not abs(self.now[2] - 1) < tol
 
 # %% ../nbs/07a_lsuv.ipynb #cef175d1
 @patch
@@ -220,7 +220,8 @@ def plot(self: LSUVReport, title='LSUV', ax=None):
 # %% ../nbs/07a_lsuv.ipynb #f8c77c3b
 def _batches(xb, n, device):
     "Inputs for the model, a tuple each: of one batch (a tensor or tuple), of a list of batches, or of the first `n` of a loader."
-    one = torch.is_tensor(xb) or isinstance(xb, tuple)
+    pair = isinstance(xb, list) and len(xb) == 2 and all(map(torch.is_tensor, xb)) and xb[0].is_floating_point() and not xb[1].is_floating_point()
+    one = torch.is_tensor(xb) or isinstance(xb, tuple) or pair
     if isinstance(xb, (str, dict)) or not one and not hasattr(xb, '__iter__'):
         raise TypeError(f'xb must be a batch (tensor or tuple), a list of batches or a loader of them, not {type(xb).__name__}')
     found = []
@@ -272,6 +273,8 @@ def _trials(model, weights, todo, batches, found, tol, max_trials):
     for _ in range(max_trials):
         found.rewind(); n += _set_all(model, todo, batches, tol)
         found.rewind(); n += _measure(model, weights, batches)[1]
+        for w in todo:                                          # a net that chooses its way may take another one with other weights
+            if w.now is None: w.failed = 'ran at first and not again'
         off = [w for w in todo if w.is_off(tol) and not w.failed]
         off = [w for w in off if w.retarget()]
         todo = [w for w in todo if not w.left]

@@ -150,7 +150,7 @@ class ProgressCallback(Callback):
         run.logger = self.screen.log
         self.stats = next((cb for cb in run.cbs if isinstance(cb, AvgStatsCallback) and not cb.silent), None)
         if self.stats: self.shown, self.stats.silent = len(self.stats.rows), self.screen.draws_table
-        self.losses, self.new, self.ends, self.pace, self.costs = [], [], [], Pace(), (0., 0.)
+        self.losses, self.new, self.ends, self.pace, self.costs, self.at = [], [], [], Pace(), (0., 0.), 0
         self.sizes = [len(dl) if dl is not None else 0 for dl in (run.data.train_dl, run.data.valid_dl)]
         self.share, self.text, self.spent, self.next, self.started = 0., f'epoch {run.epoch + 1}/{run.n_epochs}', 0., 0., time.perf_counter()
         self.draw()
@@ -161,16 +161,17 @@ def begin_epoch(self: ProgressCallback, run): self.new_pass()
 @patch
 def begin_validate(self: ProgressCallback, run): self.new_pass()
 @patch
-def new_pass(self: ProgressCallback): self.seen, self.since = 0, time.perf_counter()
+def new_pass(self: ProgressCallback): self.seen, self.at, self.since = None, 0, time.perf_counter()
 
 @patch
 def after_batch(self: ProgressCallback, run):
     if self.plot and run.in_train: self.new.append(run.loss.detach())             # to be read when it is drawn, not before
-    now = time.perf_counter()
+    if self.seen is None: self.seen = run.iter                                    # 0, but for a fit that goes on in the middle of an epoch
+    self.at, now = run.iter + 1, time.perf_counter()
     if now < self.next and run.iter < run.iters - 1: return
-    self.pace.add(run.in_train, run.iter + 1 - self.seen, now - self.since)
-    self.seen, self.since = run.iter + 1, now
-    self.place(run, run.iter + 1, now)
+    self.pace.add(run.in_train, self.at - self.seen, now - self.since)
+    self.seen, self.since = self.at, now
+    self.place(run, self.at, now)
     if now >= self.next: self.draw()
 
 @patch
@@ -215,7 +216,7 @@ def after_fit(self: ProgressCallback, run):
     if self.screen is None: return                                                # another callback failed before this one began
     e = sys.exc_info()[1]
     if not self.broken and e is not None and e is not self.outer: self.broken = 'interrupted' if isinstance(e, KeyboardInterrupt) else f'stopped by {type(e).__name__}'
-    if self.broken and hasattr(run, 'iters'): self.place(run, run.iter, time.perf_counter())
+    if self.broken and self.at: self.place(run, self.at, time.perf_counter())      # before the first batch of a pass the text stays as it is
     self.screen.end(self.share, self.text, broken=self.broken, **self.parts())
     run.logger, self.screen = self.logger, None
     if self.stats: self.stats.silent = False

@@ -31,7 +31,7 @@ def one(size, seed, epochs, keep, data):
     def cpu(): r = resource.getrusage(resource.RUSAGE_CHILDREN); return r.ru_utime + r.ru_stime      # less at the mercy of neighbours than the clock
     before = cpu()
     file = Path(keep or tempfile.mkdtemp())/f'size{size}_seed{seed}.json'
-    subprocess.run([sys.executable, '-m', 'exp.train_imagenette', *(['--data', data] if data else []), '--epochs', str(epochs), '--size', str(size),
+    subprocess.run([sys.executable, '-m', 'exp.train_imagenette', '--recipe', 'lesson', *(['--data', data] if data else []), '--epochs', str(epochs), '--size', str(size),
                     '--seed', str(seed), '--json', str(file)], check=True, cwd=OUT.parent.parent)
     r = json.loads(file.read_text())
     return {**{c: r.get(c) for c in COLS}, 'accuracy': round(r['accuracy'], 5), 'fit_seconds': round(sum(e['time'] for e in r['rows']), 1),
@@ -49,7 +49,7 @@ def main():
     p.add_argument('--out', type=Path, default=OUT)
     a = p.parse_args()
     if not a.out.exists():
-        a.out.write_text(f'# command: python experiments/{Path(__file__).name}; each row: exp-train --epochs {a.epochs} --size SIZE --seed SEED\n'
+        a.out.write_text(f'# command: python experiments/{Path(__file__).name}; each row: exp-train --recipe lesson --epochs {a.epochs} --size SIZE --seed SEED\n'
                          f'# data set: {a.data}; python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} cores\n{",".join(COLS)}\n')
     for size in a.sizes:
         for seed in a.seeds:

@@ -85,6 +85,24 @@ def test_a_broken_off_download_goes_on_in_the_next_call(server, tmp_path):
     assert D.download(f'{server.url}/b', tmp_path/'b').read_bytes() == BLOB and server.asked[-1] == 'bytes=20000-'
 
 
+def test_a_whole_file_is_not_fetched_again(server, tmp_path):
+    server.files, digest = {'b': BLOB}, ('sha256', hashlib.sha256(BLOB).hexdigest())
+    for _ in range(2): D.download(f'{server.url}/b', tmp_path/'b', digest)
+    assert server.asked == [None]
+    (tmp_path/'b').write_bytes(BLOB[:-1])                                     # with a wrong digest it is
+    assert D.download(f'{server.url}/b', tmp_path/'b', digest).read_bytes() == BLOB
+
+
+def test_a_server_that_speaks_no_http(tmp_path):
+    import socket
+    with socket.create_server(('127.0.0.1', 0)) as s:
+        def answer():
+            c, _ = s.accept()
+            c.recv(1000); c.sendall(b'SSH-2.0-OpenSSH_9.6\r\n'); c.close()
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(D.DataError, match=r'/b: .*tried 1 times'): D.download(f'http://127.0.0.1:{s.getsockname()[1]}/b', tmp_path/'b', tries=1)
+
+
 def test_a_server_that_knows_no_ranges_starts_anew(server, tmp_path):
     server.files, server.cut, server.cuts, server.ranges = {'b': BLOB}, 20_000, 1, False
     assert D.download(f'{server.url}/b', tmp_path/'b').read_bytes() == BLOB
@@ -225,6 +243,27 @@ def test_two_processes_at_once(tmp_path, monkeypatch):
         ['.origin.json', '1.JPEG', '2.JPEG', 'a', 'a', 'train', 'val'])
 
 
+def test_a_folder_of_ones_own_holds_all_of_it(tmp_path, monkeypatch, offline):
+    monkeypatch.setenv('EXP_MIRROR', str(make_mirror(tmp_path/'mirror')))
+    umask = os.umask(0o022)
+    try: d = D.untar_data(D.URLs.IMAGENETTE_160, base=tmp_path/'a/b')
+    finally: os.umask(umask)
+    assert d == tmp_path/'a/b/imagenette2-160' and [p.name for p in (tmp_path/'a').iterdir()] == ['b']
+    assert d.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_archive_with_several_tops_can_be_read_by_others(tmp_path):
+    (tmp_path/'two.tgz').write_bytes(tgz({'train/a/1.JPEG': b'1', 'val/a/2.JPEG': b'2'}))
+    assert D.unpack(tmp_path/'two.tgz', tmp_path/'out').stat().st_mode & 0o777 == 0o755
+
+
+def test_a_place_that_no_folder_can_be_made_in(tmp_path, monkeypatch):
+    (tmp_path/'file').touch()
+    with pytest.raises(D.DataError, match='file/data cannot be made.*FASTAI_HOME'): D.untar_data(D.URLs.SAMPLE, base=tmp_path/'file/data')
+    monkeypatch.setattr(D.os, 'access', lambda *a: False)                     # root may write anywhere, so say it may not
+    with pytest.raises(D.DataError, match='cannot be written to'): D.untar_data(D.URLs.SAMPLE, base=tmp_path/'data')
+
+
 def test_mnist_reads_idx(tmp_path, monkeypatch):
     import gzip
     d = tmp_path/'mnist_idx'; d.mkdir()
@@ -235,6 +274,9 @@ def test_mnist_reads_idx(tmp_path, monkeypatch):
     a, b, _, _ = D.mnist(base=tmp_path)
     assert a.shape == (3, 784) and np.allclose(a.numpy(), x.reshape(3, -1)/255) and b.tolist() == [3, 1, 4]
     (d/'t10k-labels-idx1-ubyte.gz').write_bytes(b'junk')
+    with pytest.raises(D.DataError, match=f't10k-labels.*delete the folder {d} '): D.mnist(base=tmp_path)
+    data = bytearray(gzip.compress(bytes(1000) + x.tobytes())); data[30] ^= 255
+    (d/'t10k-labels-idx1-ubyte.gz').write_bytes(data)
     with pytest.raises(D.DataError, match='t10k-labels'): D.mnist(base=tmp_path)
 
 

@@ -123,6 +123,32 @@ def test_one_named_notebook_leaves_the_others(project):
     assert 'x = 2' in (project/'exp/a.py').read_text() and 'y = 1' in (project/'exp/b.py').read_text()
 
 
+def test_a_module_whose_notebook_is_gone_is_a_fault(project):
+    write_nb(project/'nbs/00_a.ipynb', '#default_exp a', '#export\nx = 1')
+    old = write_nb(project/'nbs/01_b.ipynb', '#default_exp b', '#export\ny = 1')
+    (project/'exp/by_hand.py').write_text('z = 1\n')                          # nobody's business but its author's
+    assert run_main(project)[0] == 0
+    old.unlink()
+    for args in ((), ('--check',)):
+        status, _, err = run_main(project, *args)
+        assert status == 2 and err.startswith('exp/b.py: no notebook makes this module any more'), err
+    assert run_main(project, 'nbs/00_a.ipynb')[0] == 0
+
+
+def test_a_comment_of_two_words_is_no_directive(project):
+    write_nb(project/'nbs/00_a.ipynb', '#default_exp a', '#export\nx = 1', '# export batches\nx + 1')
+    assert run_main(project)[0] == 0
+    assert 'x + 1' not in (project/'exp/a.py').read_text()
+
+
+def test_a_whole_module_may_be_imported(project):
+    write_nb(project/'nbs/00_a.ipynb', '#default_exp a', '#export\nx = 1')
+    write_nb(project/'nbs/01_b.ipynb', '#default_exp b', '#export\nfrom exp import a\ny = a.x')
+    status, _, err = run_main(project)
+    assert status == 0, err
+    assert 'from . import a' in (project/'exp/b.py').read_text()
+
+
 def test_a_full_disk_leaves_the_old_modules_whole(tmp_path, monkeypatch):
     ex.write_all(tmp_path, {'a.py': 'old a\n', 'b.py': 'old b\n'})
     calls = []

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
+from exp.annealing import ParamScheduler, annealer, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
 from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import (AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
                            CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls, get_hypers)
@@ -123,6 +123,37 @@ def test_combined_schedules_pass_through_their_ends(shares, pos):
     assert pickle.loads(pickle.dumps(sched))(pos) == sched(pos)
 
 
+def test_a_piece_begins_at_its_own_nought():
+    "0.3 + 0.7 − 0.7 is less than 0.3: the second piece got a negative position, of which a root is complex."
+    @annealer
+    def root(start, end, pos): return start + (end - start)*pos**.5
+    for first in (.1, .2, .3, .4, .6, .7): assert combine_scheds([first, 1 - first], [sched_lin(0, 1), root(1, 2)])(first) == 1
+
+
+def test_a_shape_made_in_a_function_changes_no_other():
+    def power(n):
+        @annealer
+        def shape(start, end, pos): return start + (end - start)*pos**n
+        return shape
+    square = power(2)(0, 1)
+    power(3)
+    assert square(.5) == .25
+
+
+def test_a_loader_of_ones_own_and_a_subset_see_pairs():
+    ds = Dataset(torch.arange(12.).view(6, 2), torch.arange(6))
+    part = torch.utils.data.Subset(ds, [5, 3, 1])
+    for dl in (torch.utils.data.DataLoader(ds, 4), get_dls(ds, part, 2)[1], torch.utils.data.DataLoader(part, 4)):
+        xb, yb = next(iter(dl))
+        assert xb.equal(ds.x[yb]) and yb.tolist() == ([5, 3, 1] if dl.dataset is part else [0, 1, 2, 3])
+
+
+def test_a_metric_may_give_a_plain_number():
+    cb = AvgStatsCallback(lambda pred, yb: .5, silent=True)
+    runner(cb).fit(1)
+    assert cb.rows[0]['valid_<lambda>'] == .5
+
+
 def test_a_user_schedule_of_a_known_name_changes_nobody_elses():
     from exp.annealing import annealer
     before = sched_cos(0, 1)
@@ -189,6 +220,26 @@ def test_running_batchnorm_is_batchnorm_on_a_constant_stream_and_its_gradient_is
     def f(x): return copy.deepcopy(rbn)(x)                           # a fresh copy each time: the state is an input, not an output
     assert torch.autograd.gradcheck(f, x[:2].clone().requires_grad_(), atol=1e-5)
     assert torch.equal(rbn.eval()(x[:1]), rbn(x)[:1]), 'evaluation does not depend on the batch'
+
+
+def test_running_batchnorm_may_be_used_twice_before_the_way_back():
+    torch.manual_seed(0)
+    bn, (a, b) = RunningBatchNorm(3).double(), torch.randn(2, 4, 3, 5, 5, dtype=torch.float64)
+    once = copy.deepcopy(bn)
+    a1, b1, a2, b2 = (t.clone().requires_grad_() for t in (a, b, a, b))
+    (bn(a1).pow(3).sum() + bn(b1).pow(3).sum()).backward()                    # as a net of two branches with shared layers does
+    for t in (a2, b2): once(t).pow(3).sum().backward()
+    assert torch.allclose(a1.grad, a2.grad) and torch.allclose(b1.grad, b2.grad)
+
+
+@pytest.mark.parametrize('norm', [BatchNorm, RunningBatchNorm])
+@pytest.mark.parametrize('dtype, scale', [(torch.bfloat16, 1.), (torch.float16, 300.)], ids=['bfloat16', 'large float16'])
+def test_norms_take_16_bits(norm, dtype, scale):
+    x = torch.randn(16, 4, 6, 6, generator=torch.Generator().manual_seed(0))*scale
+    a, b = norm(4), norm(4)
+    if norm is BatchNorm and scale > 1: pytest.skip('as the formula: the variance overflows')
+    out, want = a(x.to(dtype)), b(x)
+    assert torch.allclose(out.float(), want, atol=.05) and all(t.isfinite().all() for t in a.buffers())
 
 
 @pytest.mark.parametrize('norm_first', [False, True])

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 
 from exp.convnets import GeneralRelu
-from exp.lsuv import LSUVReport, lsuv_init, orthonormal_
+from exp.lsuv import LSUVReport, _batches, lsuv_init, orthonormal_
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -304,6 +304,32 @@ def test_forms_of_xb():
     assert not lsuv_init(Two(), ((torch.randn(9, 4), torch.randn(9, 4)), torch.zeros(9))).failed
     for bad in (None, 3, 'x', {'x': xs}, [], [3.], DataLoader(TensorDataset(xs[:0]), 4)):
         with pytest.raises((TypeError, ValueError), match='batch'): lsuv_init(net(), bad)
+
+
+def test_a_pair_as_torchs_loader_gives_it():
+    "default_collate makes a list [inputs, targets]: the targets used to be taken for a second batch."
+    torch.manual_seed(0)
+    net, ds = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3)), TensorDataset(torch.randn(64, 5), torch.arange(64) % 3)
+    other, b = copy.deepcopy(net), next(iter(DataLoader(ds, 64)))
+    assert isinstance(b, list)
+    lsuv_init(net, b, generator=torch.Generator().manual_seed(0)); lsuv_init(other, b[0], generator=torch.Generator().manual_seed(0))
+    assert all(p.equal(q) for p, q in zip(net.parameters(), other.parameters()))
+    assert len(_batches([b[0], b[0]], 8, 'cpu')) == 2                         # two of floats are two batches
+
+
+def test_a_net_that_chooses_its_way():
+    "One of two experts runs, by a layer that LSUV changes: the other may have run in the first pass and in no other."
+    class Choose(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.a, self.b = nn.Linear(4, 2), nn.Linear(4, 4), nn.Linear(4, 4)
+        def forward(self, x): return (self.a if self.gate(x).mean(0).argmax() == 0 else self.b)(x)
+    gone = 0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        report = lsuv_init(Choose(), torch.randn(32, 4))
+        gone += any(r['note'] == 'ran at first and not again' for r in report)
+    assert gone
 
 
 def test_a_layer_that_only_runs_in_a_later_batch():

@@ -257,6 +257,30 @@ def test_ended_by_a_callback_is_no_accident(page):
     assert 'ended early: epoch 2/9' in page[0].shown[-1]['text/html'] and '#c62828' not in page[0].shown[-1]['text/html']
 
 
+def test_the_place_is_right_where_a_pass_fails_before_its_first_batch(page):
+    class Broken:
+        def __len__(self): return 8
+        def __iter__(self): raise OSError('the disk is gone')
+    with pytest.raises(OSError): learner(ProgressCallback('html'), data=DataBunch(toy().train_dl, Broken())).fit(3)
+    assert 'stopped by OSError: epoch 1/3 training 10/10' in page[0].shown[-1]['text/html']       # it said validation 9/8
+
+
+def test_ended_by_a_callback_after_the_validation(page):
+    learner(ProgressCallback('html'), EarlyStopping('valid_accuracy', patience=1, min_delta=1.)).fit(9)
+    assert 'epoch 2/9 validation 2/2' in page[0].shown[-1]['text/html']
+
+
+def test_a_resumed_epoch_has_the_pace_of_what_was_done(page, monkeypatch):
+    now = [0.]
+    monkeypatch.setattr('exp.progress.time', SimpleNamespace(perf_counter=lambda: now[0]))
+    class Slow:
+        _order = -10
+        def after_batch(self, run): now[0] += 1.
+    p = ProgressCallback('html', every=0)
+    learner(p, Slow()).fit(1, start=(0, 6))
+    assert p.pace.done[True] == 4 and p.pace.seconds(10, 0) == pytest.approx(10.)                  # it was 4 s: ten batches in four
+
+
 def test_the_curve_reads_only_when_it_draws(page):
     p = ProgressCallback('html', plot=True, every=1e9)
     learn = learner(p).fit(2)

@@ -62,7 +62,8 @@ def test_same_seed_same_weights(data_home, monkeypatch):
 
 @pytest.mark.parametrize('args', [('--size', '0'), ('--epochs', '0'), ('--nonsense',), ('--lr', 'much'), ('--device', 'abacus'), ('--data', '/nowhere/at/all'),
                                   ('--bs', '1'), ('--json', '/nowhere/at/all/x.json'), ('--crops', 'big'), ('--crops', '4-9'), ('--recipe', 'cake'),
-                                  ('--opt', 'magic'), ('--ema', '1'), ('--runs', '0'), ('--log-dir', '/proc/nowhere'), ('--wd', '-1')])
+                                  ('--opt', 'magic'), ('--ema', '1'), ('--runs', '0'), ('--log-dir', '/proc/nowhere'), ('--wd', '-1'),
+                                  ('--recipe', 'lesson', '--crops', '48-80')])
 def test_a_mistake_is_one_line_and_exit_2(args, data_home, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('FASTAI_HOME', str(data_home))
     try: status = T.main(['--data', 'sample', '--log-dir', str(tmp_path/'run'), *args])
@@ -174,6 +175,36 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(data_home, tmp_path
     assert len(tensors(w)) > 20 and all(x.equal(y) for x, y in zip(tensors(w), tensors(k), strict=True))
 
 
+def test_resume_with_another_seed_is_refused_also_where_it_is_the_default(data_home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('FASTAI_HOME', str(data_home))
+    small = ['--data', 'sample', '--recipe', 'lesson', '--size', '16', '--width', '.25', '--epochs', '1', '--log-dir', str(tmp_path/'run')]
+    assert T.main([*small, '--seed', '7']) == 0
+    assert T.main(['--resume', '--seed', '42', '--log-dir', str(tmp_path/'run')]) == 2 and 'was begun with seed 7, and 42 is asked for' in capsys.readouterr().err
+    assert T.main(['--resume', '--log-dir', str(tmp_path/'run')]) == 0
+
+
+def test_interrupted_in_a_later_seed_there_is_something_to_go_on_with():
+    class Done: rows = []
+    a = type('a', (), {'log_dir': 'runs/x'})
+    assert 'goes on' not in T._how_far(a, []) + T._how_far(a, [Done]) and '--resume --log-dir runs/x goes on' in T._how_far(a, [Done, Done])
+
+
+def test_a_mistake_that_only_the_second_process_has_is_told(data_home, tmp_path):
+    "On a machine without the data, say. The first process says that another has ended, and its output why: there used to be none."
+    (tmp_path/'one.py').write_text("""
+import os, sys
+from exp import train_imagenette as T
+if os.environ['RANK'] == '1':
+    def find_data(name): raise T.DataError('no data on this machine')
+    T.find_data = find_data
+status = T.main(sys.argv[1:]); sys.stdout.flush(); sys.stderr.flush(); os._exit(status)
+""")
+    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', str(tmp_path/'one.py'), '--data', 'sample', '--recipe', 'lesson', '--size', '16',
+                        '--epochs', '1', '--log-dir', str(tmp_path/'run')],
+                       cwd=ROOT, env={**small_env(data_home), 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=240)
+    assert r.returncode and r.stderr.count('exp-train: process 1: no data on this machine') == 1, r.stderr
+
+
 def test_two_processes_one_result(data_home, tmp_path):
     r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'exp.train_imagenette', '--data', 'sample', '--recipe', 'lesson',
                         '--size', '24', '--epochs', '1', '--log-dir', str(tmp_path/'run'), '--json', str(tmp_path/'r.json')],
@@ -207,7 +238,7 @@ def small_weights():
 
 
 @pytest.mark.parametrize('change', [dict(width=.5), dict(arch='xresnet18', width=.125), dict(epochs=1), dict(crops=(20, 20)), dict(opt='adam'), dict(opt='sgd'), dict(opt='lamb'), dict(opt='lars'),
-                                    dict(opt='ranger'), dict(lr=.06), dict(wd=.2), dict(sched='flat'), dict(sched='lesson'), dict(tfms='none'), dict(tfms='flip'), dict(tfms='strong'),
+                                    dict(opt='ranger'), dict(lr=.06), dict(wd=.2), dict(sched='flat'), dict(sched='lesson'), dict(tfms='none', crops=None), dict(tfms='flip', crops=None), dict(tfms='strong'),
                                     dict(mixup=.4), dict(smooth=.1), dict(ema=.9)], ids=str)
 def test_every_setting_changes_the_result(change, small_weights):
     w = weights(**change)
@@ -281,6 +312,27 @@ def test_ema_is_the_average_of_all_steps_and_what_is_validated():
     for got, want in ((seen['valid'][0], averages[per_epoch - 1]), (seen['valid'][-1], averages[-1]), (learn.model.state_dict(), averages[-1])):
         for k, v in want.items(): assert torch.allclose(got[k].double(), v, rtol=1e-4, atol=1e-6), k
     assert not torch.allclose(seen['valid'][0]['0.0.weight' if '0.0.weight' in avg else next(iter(avg))], seen['steps'][per_epoch - 1][next(iter(avg))])
+
+
+def test_ema_and_savebest_keep_what_was_validated():
+    from exp.learner import SaveBest
+    class Spy(Callback):
+        _order = 5
+        def __init__(self): self.seen = []
+        def begin_batch(self, run):
+            if not run.in_train and not run.iter: self.seen.append(copy.deepcopy(run.model.state_dict()))
+    st, spy = T.AvgStatsCallback(accuracy, silent=True), Spy()
+    learn = Learner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1200, 3)), tiny(), F.cross_entropy, lr=.3,
+                    cbs=[T.BatchTransformXCallback(lambda x: x.float()/255), T.EMA(.9), SaveBest(), st, spy]).fit(6)
+    assert (best := min(range(6), key=lambda i: st.rows[i]['valid_loss'])) < 5, 'the best epoch must not be the last'
+    assert all(a.equal(b) for a, b in zip(learn.model.state_dict().values(), spy.seen[best].values()))
+
+
+def test_ema_without_a_validation_set():
+    data = tiny()
+    learn = Learner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1200, 3)), DataBunch(data.train_dl, None), F.cross_entropy, lr=.01, cbs=[T.BatchTransformXCallback(lambda x: x.float()/255)])
+    learn.fit(2, [ema := T.EMA(.9)])
+    assert all(a.equal(b) for a, b in zip(learn.model.state_dict().values(), ema.avg))
 
 
 def test_ema_after_an_error_the_model_has_its_own_weights():
