@@ -44,7 +44,7 @@ def native_dtype(device):
     if device.type == 'mps': return torch.float16, "Apple's GPU computes in float16"
     if device.type != 'cpu': return None, f'nothing is known about 16 bits on {device.type}'
     how = cpu_bf16()
-    return (torch.bfloat16, f'this CPU computes in bfloat16 ({how})') if how else (None, 'this CPU has neither AMX nor AVX-512 BF16, so 16 bits are emulated, and slower')
+    return (torch.bfloat16, f'this CPU computes in bfloat16 ({how})') if how else (None, 'no 16-bit arithmetic (AMX, AVX-512 BF16, Arm BF16) was found on this CPU, so 16 bits would be emulated, and slower')
 
 # %% ../nbs/10c_mixed_precision.ipynb #3202a2c9
 class _Grads:
@@ -96,10 +96,11 @@ def begin_fit(self: MixedPrecision, run):
         raise ValueError(f'the weights {half[0]} are in 16 bits already: mixed precision wants the model in float32, model.float()')
     self.device = p.device
     self.dtype, why = (self.want, '') if self.want else native_dtype(self.device)
+    way_out = '' if self.dtype else '; MixedPrecision(torch.bfloat16) would do it all the same'
     if self.dtype and (no := no_autocast_because(self.device, self.dtype)):
         if self.want: raise ValueError(f'{str(self.dtype)[6:]} on {self.device.type}: {no}')
         self.dtype, why = None, f'{str(self.dtype)[6:]} on {self.device.type}: {no}'
-    if self.dtype is None and not self.said: run.logger(f'MixedPrecision: {why}. Training in float32; MixedPrecision(torch.bfloat16) would do it all the same.'); self.said = True
+    if self.dtype is None and not self.said: run.logger(f'MixedPrecision: {why}. Training in float32{way_out}.'); self.said = True
     fp16 = self.dtype is torch.float16
     if not fp16: self.scaler = None
     elif self.scaler is None: self.scaler = torch.amp.GradScaler(self.device.type, self.init_scale, growth_interval=self.growth_interval)
@@ -115,14 +116,14 @@ def _taps(n, k, stride, padding, dilation):
 # %% ../nbs/10c_mixed_precision.ipynb #9d55f011
 class _ZeroUnused:
     "Hooks of the convolution `conv`: weights that see nothing but padding get their gradient, 0. (torch's bfloat16 on CPUs leaves there what was in memory.)"
-    def __init__(self, conv): self.conv, self.handles = conv, (conv.register_forward_pre_hook(self.look), conv.weight.register_hook(self.zero))
-    def look(self, conv, inp): self.size = inp[0].shape[-len(conv.kernel_size):]
+    def __init__(self, conv): self.conv, self.sizes, self.handles = conv, set(), (conv.register_forward_pre_hook(self.look), conv.weight.register_hook(self.zero))
+    def look(self, conv, inp):
+        if torch.is_grad_enabled(): self.sizes.add(tuple(inp[0].shape[-len(conv.kernel_size):]))         # a layer may be used at several sizes
     def zero(self, grad):
-        c = self.conv
-        used = [_taps(*a) for a in zip(self.size, c.kernel_size, c.stride, c.padding, c.dilation)]
-        if all(map(all, used)): return
-        unused = torch.tensor([not all(u) for u in itertools.product(*used)]).view(c.kernel_size)
-        return grad.masked_fill(unused.to(grad.device), 0)
+        c, sizes, self.sizes = self.conv, self.sizes, set()
+        used = [[all(u) for u in itertools.product(*(_taps(*a) for a in zip(size, c.kernel_size, c.stride, c.padding, c.dilation)))] for size in sizes]
+        unused = [not any(at_all_sizes) for at_all_sizes in zip(*used)]
+        if any(unused): return grad.masked_fill(torch.tensor(unused).view(c.kernel_size).to(grad.device), 0)
     def remove(self):
         for h in self.handles: h.remove()
 
@@ -299,12 +300,14 @@ Compile.after_pred = Compile.after_cancel_batch = Compile.after_cancel_epoch = C
 
 @patch
 def after_batch(self: Compile, run):
-    if self.kind and len(self.times[self.kind]) < 50: self.times[self.kind].append(self.clock() - self.now)
+    if self.kind and (self.kind == 'plain' or len(self.times[self.kind]) < 50): self.times[self.kind].append(self.clock() - self.now)
 
 # %% ../nbs/10c_mixed_precision.ipynb #726c3f81
 @patch
 def clock(self: Compile):
-    if self.device.type == 'cuda' and len(self.times['compiled']) < 50: torch.cuda.synchronize(self.device)       # as long as we measure
+    if len(self.times['compiled']) < 50:                                      # as long as we measure: what is asked for must be done
+        if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
+        if self.device.type == 'mps': torch.mps.synchronize()
     return time.perf_counter()
 
 # %% ../nbs/10c_mixed_precision.ipynb #d7e1990d

@@ -51,7 +51,8 @@ def _split_groups(params):
     groups = params if params and not _is_param(params[0]) else [params]
     for i, g in enumerate(groups):
         hypers = {k: v for k, v in g.items() if k != 'params'} if isinstance(g, dict) else {}
-        ps = list(g['params'] if isinstance(g, dict) else g)
+        ps = g['params'] if isinstance(g, dict) else g
+        ps = [ps] if _is_param(ps) else list(ps)                         # a group may be one tensor, as in torch
         if not ps: raise ValueError(f'parameter group {i} is empty')
         if bad := [type(p).__name__ for p in ps if not _is_param(p)]: raise TypeError(f'group {i} holds a {bad[0]}: tensors or (name, tensor) pairs are wanted')
         names, ps = ([p[0] for p in ps], [p[1] for p in ps]) if not torch.is_tensor(ps[0]) else (None, ps)
@@ -73,7 +74,10 @@ class Optimizer:
         self.fast, self.unbatched, self.rehearsed, self.compiled, self.flats = fast, [], set(), {}, {}       # see: how the same lines got fast
         self.steppers = sorted(listify(steppers), key=lambda f: not _attr(f, '_before_stats', False))
         fill, groups, self.state = {}, _split_groups(params), {}
-        for o in [*self.stats, *self.steppers]: fill = {**_attr(o, '_defaults', {}), **fill}      # the first to name one wins
+        for o in [*self.stats, *self.steppers]:                                       # the first to name one wins; a partial names it too
+            fill = {**{k: getattr(o, 'keywords', {}).get(k, v) for k, v in _attr(o, '_defaults', {}).items()}, **fill}
+        named = [n for _, ns, _ in groups for n in ns or ()]
+        if twice := [n for n in named if named.count(n) > 1]: raise ValueError(f'two parameters are called {twice[0]!r}: a saved state could not tell them apart')
         self.param_groups = [ps for ps, _, _ in groups]
         self.names = {p: n for ps, ns, _ in groups if ns for p, n in zip(ps, ns)}
         self.hypers = [{**fill, **hypers, **h} for _, _, h in groups]
@@ -102,11 +106,12 @@ def zero_grad(self: Optimizer):
 # %% ../nbs/09_optimizers.ipynb #c322ff18
 @patch
 def state_keys(self: Optimizer):
-    "Names that the stats keep for a parameter, found by trying them on one of two numbers; `None` if that fails."
+    "Names that the stats keep for a parameter, found by trying them on a parameter of two numbers; `None` if that fails."
     p = torch.zeros(2); p.grad = torch.ones(2)
     try:
-        state = {k: v for s in self.stats for k, v in s.init_state(p).items()}
-        for s in self.stats: state = s.update(p, state, **self.hypers[0])
+        with torch.random.fork_rng(devices=[]):                          # a stat may draw: as if it had not
+            state = {k: v for s in self.stats for k, v in s.init_state(p).items()}
+            for s in self.stats: state = s.update(p, state, **self.hypers[0])
         return set(state)
     except Exception: return None
 
@@ -118,6 +123,8 @@ def check(self: Optimizer):
     known = {k for o in chain for k in [*_takes(o)[0], *_attr(o, '_defaults', {})]} - (keys or set())
     for h in self.hypers:
         if new := [k for k in h if k not in known]: raise ValueError(f'no stepper knows {", ".join(map(repr, new))}; known are {", ".join(sorted(known))}')
+        for o in self.stats:
+            if lost := [k for k in _takes(o)[1] if k not in h]: raise ValueError(f'{_name_of(o)} needs {", ".join(map(repr, lost))}, and a stat is given hyper-parameters only')
         for o in chain if keys is not None else ():
             if lost := [k for k in _takes(o)[1] if k not in h and k not in keys]:
                 raise ValueError(f'{_name_of(o)} needs {", ".join(map(repr, lost))}: neither a hyper-parameter given here nor kept by a stat')
@@ -583,6 +590,8 @@ def _play(chain, tape, p, g, tensors, numbers, hypers):
     return {k: v for k, v in state.items() if not isinstance(v, _Taped)}
 
 # %% ../nbs/09_optimizers.ipynb #627b0b68
+def _wide(p): return torch.float64 if p.dtype is torch.float64 else torch.float32     # a decay of 0.99 is 0.992 in bfloat16
+
 def _compile(chain, like, keys, numbers, hypers):
     "The chain as one compiled function of `(vector of numbers, p, grad, *tensors of the state)`, all flat, like `like`, and of any length."
     from torch._inductor import compile                      # by itself: `torch.compile` would look at each argument anew at each call
@@ -591,7 +600,7 @@ def _compile(chain, like, keys, numbers, hypers):
         _play(chain, _Tape(vec.unbind()), p, g, dict(zip(keys, tensors)), numbers, hypers)
         return ()
     _play(chain, tape := _Tape(), *(torch.ones(2, dtype=like.dtype) for _ in range(2)), {k: torch.ones(2, dtype=like.dtype) for k in keys}, numbers, hypers)
-    vec = like.new_ones(len(tape.nums))
+    vec = like.new_ones(len(tape.nums), dtype=_wide(like))
     graph = make_fx(whole, tracing_mode='symbolic')(vec, *(like.new_ones(1_000_003) for _ in range(2 + len(keys))))     # long: made for several threads
     return compile(graph, [n.meta['val'] for n in graph.graph.nodes if n.op == 'placeholder'])
 
@@ -607,10 +616,10 @@ def update_compiled(self: Optimizer, ps, states, hypers):
     try:
         tiny = [torch.ones(2, dtype=ps[0].dtype) for _ in range(2 + len(keys))]
         after = _play(chain, tape, *tiny[:2], dict(zip(keys, tiny[2:])), numbers, hypers)
-        kind = (ps[0].device, ps[0].dtype, *keys, *tape.ops)
-        vec = torch.tensor(tape.nums, dtype=ps[0].dtype, device=ps[0].device)
+        kind = (ps[0].device, ps[0].dtype, frozenset(ps[i].ndim for i in large), *keys, *tape.ops)
+        vec = torch.tensor(tape.nums, dtype=_wide(ps[0]), device=ps[0].device)
         if kind not in self.compiled:
-            i = min(large, key=lambda i: ps[i].numel())
+            i = min(large, key=lambda i: (-ps[i].ndim, ps[i].numel()))      # of most axes: there a stepper that goes by rows gives itself away
             self.compiled[kind] = self.try_compile(ps[i], states[i], keys, numbers, hypers, vec, after)
     except Exception as e:
         self.compiled = None
@@ -638,6 +647,10 @@ def try_compile(self: Optimizer, p, state, keys, numbers, hypers, vec, after):
 # %% ../nbs/09_optimizers.ipynb #f1bb2d39
 def _keys(opt): return {opt.names.get(p, f'{i}.{j}'): p for i, ps in enumerate(opt.param_groups) for j, p in enumerate(ps)}
 
+def _by_group(keys, sizes):
+    keys = iter(keys)
+    return [{next(keys, None) for _ in range(n)} for n in sizes]
+
 # %% ../nbs/09_optimizers.ipynb #0b3c1f89
 @patch
 def name_params(self: Optimizer, model):
@@ -652,14 +665,15 @@ def state_dict(self: Optimizer):
 
     A parameter's key is its name where the optimizer was given names, else `group.index`."""
     state = {k: dict(self.state[p]) for k, p in _keys(self).items() if p in self.state}
-    return {'version': 1, 'params': list(_keys(self)), 'hypers': [{k: h[k] for k in self.hyper_names if k in h} for h in self.hypers], 'state': state}
+    return {'version': 1, 'params': list(_keys(self)), 'sizes': [len(ps) for ps in self.param_groups], 'hypers': [{k: h[k] for k in self.hyper_names if k in h} for h in self.hypers], 'state': state}
 
 # %% ../nbs/09_optimizers.ipynb #075b53a7
-def _fit(v, p, what):
-    "A saved tensor `v` as the parameter `p` wants it: on its device, in its memory format."
+def _fit(v, p, what, like):
+    "A saved tensor `v` as the parameter `p` wants it: on its device, in its memory format. `like`: a fresh state of the same name, or None."
     if not torch.is_tensor(v): return v
+    wrong = v.shape != like.shape if torch.is_tensor(like) else v.shape != p.shape and (v.ndim and v.numel() == p.numel() or v.ndim == p.ndim)
+    if wrong: raise ValueError(f'{what}: saved with shape {tuple(v.shape)}, the parameter has {tuple(p.shape)}')
     if v.shape == p.shape: return torch.empty_like(p, dtype=v.dtype).copy_(v)
-    if v.ndim and v.numel() == p.numel() or v.ndim == p.ndim: raise ValueError(f'{what}: saved with shape {tuple(v.shape)}, the parameter has {tuple(p.shape)}')
     return v.detach().clone().to(p.device)
 
 # %% ../nbs/09_optimizers.ipynb #118e4f10
@@ -673,13 +687,16 @@ def load_state_dict(self: Optimizer, sd):
         diff = sorted(set(sd['params']) ^ keys.keys())
         raise ValueError(f'saved for {len(sd["params"])} parameters, there are {len(keys)} here; not in both: {", ".join(diff[:4])}')
     if len(sd['hypers']) != len(self.hypers): raise ValueError(f'saved with {len(sd["hypers"])} groups, there are {len(self.hypers)} here')
-    for h in sd['hypers']:
-        if diff := set(h) ^ set(self.hyper_names): raise ValueError(f'saved by another optimizer: hypers not in both are {", ".join(sorted(diff))}')
+    for h, own in zip(sd['hypers'], self.hypers):
+        if diff := set(h) ^ {k for k in self.hyper_names if k in own}: raise ValueError(f'saved by another optimizer: hypers not in both are {", ".join(sorted(diff))}')
+    if 'sizes' in sd and _by_group(sd['params'], sd['sizes']) != _by_group(keys, map(len, self.param_groups)):
+        raise ValueError('saved with the parameters in other groups: rates and decays go by group')
     new = {}
     for k, s in sd['state'].items():
         p = keys[k]
+        fresh = {n: v for stat in self.stats for n, v in stat.init_state(p).items()}
         if expected is not None and (diff := set(s) ^ expected): raise ValueError(f'saved by another optimizer: {k} has state {", ".join(sorted(s))}, wanted is {", ".join(sorted(expected))}')
-        new[p] = {n: _fit(v, p, f'{k}, {n}') for n, v in s.items()}
+        new[p] = {n: _fit(v, p, f'{k}, {n}', fresh.get(n)) for n, v in s.items()}
     for h, old in zip(self.hypers, sd['hypers']): h.update(old)
     self.state.clear(); self.state.update(new)
 
@@ -788,7 +805,7 @@ class LR_Find(Callback):
         self.lrs.append(lr)
     def after_loss(self, run):
         self.losses.append(run.loss.item())
-        if not self.losses[-1] < 4*min(self.losses): raise CancelFitException          # also where the loss is NaN
+        if not self.losses[-1] <= (best := min(self.losses)) + 3*abs(best): raise CancelFitException          # also where the loss is NaN
     def after_fit(self, run):
         if self.saved is not None: self.saved.back(); self.saved = None
 
@@ -806,7 +823,8 @@ def suggestion(self: LR_Find):
     "A quarter of the rate at which the smoothed loss is lowest. Raises `ValueError` where the loss never fell."
     ys = self.smooth()
     i = min(range(len(ys)), key=lambda j: ys[j] if ys[j] == ys[j] else float('inf'))
-    if len(ys) < 10 or i < 3: raise ValueError(f'the loss did not fall over {len(ys)} batches from lr {self.min_lr:g} on: no rate to suggest')
+    if len(ys) < 10: raise ValueError(f'{len(ys)} batches are too few to suggest a rate: 10 at least')
+    if i < 3: raise ValueError(f'the loss did not fall over {len(ys)} batches from lr {self.min_lr:g} on: no rate to suggest')
     return self.lrs[i]/4
 
 # %% ../nbs/09_optimizers.ipynb #da9d5e4b
@@ -816,5 +834,7 @@ def plot(self: LR_Find, ax=None):
     import matplotlib.pyplot as plt                                                # here, so that importing exp does not wait for it
     ax, n = ax or plt.subplots(figsize=(5, 2.6), dpi=70)[1], len(self.losses)
     ax.plot(self.lrs[:n], self.losses, alpha=.25); ax.plot(self.lrs[:n], self.smooth())
-    ax.axvline(self.suggestion, c='k', ls=':'); ax.set(xscale='log', xlabel='learning rate', ylabel='training loss', title=f'suggestion: {self.suggestion:.2g}')
+    ax.set(xscale='log', xlabel='learning rate', ylabel='training loss')
+    try: ax.axvline(self.suggestion, c='k', ls=':'); ax.set(title=f'suggestion: {self.suggestion:.2g}')
+    except ValueError: ax.set(title='no rate to suggest')                          # just then one wants to see the curve
     return ax

@@ -204,7 +204,7 @@ class PilTiltRandomCrop(GeneralCrop):
     generator = None
     def __init__(self, size, crop_size=None, magnitude=.2, resample=BILINEAR):
         super().__init__(size, crop_size, resample)
-        if not 0 <= magnitude < 1: raise ValueError(f'magnitude is a share of the side, 0 or more and below 1, not {magnitude}')
+        if not 0 <= magnitude <= .5: raise ValueError(f'magnitude is a share of the side, from 0 to 0.5, not {magnitude}')         # beyond, it may fold
         self.magnitude = magnitude
     def default_crop_size(self, w, h): return tuple(.9*s for s in super().default_crop_size(w, h))
     def get_corners(self, w, h, wc, hc):
@@ -359,7 +359,7 @@ def turn_hue(xb, turns):
     "Floats (N, 3, H, W) with their hue moved by `turns` (N,) of the colour wheel; grey stays grey. Source: Smith 1978 (HSV), in its closed form."
     mx, mn, (r, g, b) = xb.amax(1, True), xb.amin(1, True), xb.split(1, 1)
     c = mx - mn
-    d = c.clamp(min=1e-12)
+    d = c.clamp(min=max(1e-12, torch.finfo(xb.dtype).tiny))
     h = torch.where(mx == r, (g - b)/d, torch.where(mx == g, 2 + (b - r)/d, 4 + (r - g)/d)) + 6*turns.view(-1, 1, 1, 1)
     k = (h + xb.new_tensor([5., 3, 1]).view(1, 3, 1, 1)) % 6                                         # (N, 3, H, W)
     return mx - c*torch.minimum(k, 4 - k).clamp(0, 1)
@@ -439,7 +439,7 @@ class RandomColor(PerSample):
 class RandomErasing(PerSample):
     """A rectangle of each picture painted over, with probability `p`: its area a share from `scale`, its width/height from `ratio`.
 
-    `value`: 0–1, or None for noise. Source: Zhong et al. 2017, algorithm 1 (arXiv 1708.04896)."""
+    `value`: 0–1, or None for noise. Source: Zhong et al. 2017 (arXiv 1708.04896); drawn as torchvision draws."""
     def __init__(self, p=.5, scale=(.02, .33), ratio=(.3, 3.3), value=None):
         super().__init__(p)
         self.scale, self.ratio, self.value = scale, ratio, value
@@ -473,7 +473,7 @@ class Draw:
         if tuple(xb.shape) != self.shape: raise ValueError(f'drawn for a batch {self.shape}, and this one is {tuple(xb.shape)}')
         if (self.color or self.paint) and xb.is_floating_point() and not -.01 <= xb[0].min() <= xb[0].max() <= 1.01:
             raise ValueError(f'colours are those of bytes or of floats 0–1, and these are {xb[0].min():.2f} – {xb[0].max():.2f}: '
-                             'augment first, normalise after')
+                             'divide bytes by 255, or augment before normalising')
         out = warp(xb, self.mats, self.mode, self.padding, self.color)
         if self.paint and out is xb: out = xb.clone()
         for f in self.paint: f(out)
@@ -489,6 +489,7 @@ class Augment:
     on the batch. They are done in this order. `generator`: on the CPU, so that all devices draw alike."""
     def __init__(self, *tfms, mode='bilinear', padding='reflection'):
         for t in tfms:
+            if isinstance(t, Augment): raise TypeError('an Augment in another would do nothing: give its transforms, *augment.tfms')
             if not any(hasattr(t, k) for k in ('mats', 'color', 'draw')):
                 raise TypeError(f'{step_name(t)} is no transform of batches: it has none of mats, color and draw')
         self.tfms, self.mode, self.padding = tfms, mode, padding
@@ -510,6 +511,7 @@ class BatchAugment(Callback):
     Works on bytes or on floats 0–1, so it goes before normalising (`_order`). It belongs to the fit: `lr_find`, `predict` and exports are without it."""
     _order, _fit_only = 1, True
     def __init__(self, *tfms, seed=None, **kwargs):
+        if kwargs and any(isinstance(t, Augment) for t in tfms): raise ValueError(f'{", ".join(kwargs)}: give it to the Augment')
         self.augment = tfms[0] if len(tfms) == 1 and isinstance(tfms[0], Augment) else Augment(*tfms, **kwargs)
         self.generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item() if seed is None else seed)
     def begin_batch(self, run):
@@ -518,9 +520,10 @@ class BatchAugment(Callback):
 # %% ../nbs/10_transforms.ipynb #5e11ca02
 def crop_batch(xb, boxes, size):
     """Of each picture of `xb` (N, C, H, W; bytes or floats) its box (left, top, right, bottom; whole pixels), antialiased: (N, C, size, size)."""
-    x = xb.float() if xb.dtype == torch.uint8 and xb.device.type != 'cpu' else xb              # other devices average floats only
+    cpu, byte = xb.device.type == 'cpu', xb.dtype == torch.uint8
+    x = xb.float() if byte and not cpu or cpu and xb.dtype in (torch.float16, torch.bfloat16) else xb         # what torch cannot average there
     out = torch.cat([F.interpolate(x[i:i+1, :, t:b, l:r], (size, size), mode='bilinear', antialias=True) for i, (l, t, r, b) in enumerate(boxes)])
-    return as_bytes(out) if xb.dtype == torch.uint8 != out.dtype else out
+    return as_bytes(out) if byte and out.dtype != torch.uint8 else out.to(xb.dtype)
 
 # %% ../nbs/10_transforms.ipynb #5e11ca03
 class BatchCrop(Callback):
@@ -535,7 +538,8 @@ class BatchCrop(Callback):
         self.generator = self.crop.generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item() if seed is None else seed)
     def size_in(self, epoch, n_epochs):
         first, last = self.sizes
-        return last if epoch + 1 >= n_epochs else first + round((last - first)*epoch/(n_epochs - 1)/self.step)*self.step
+        s = last if epoch + 1 >= n_epochs else first + round((last - first)*epoch/(n_epochs - 1)/self.step)*self.step
+        return min(max(s, min(first, last)), max(first, last))           # a step may lead beyond the last
     def begin_batch(self, run):
         if not run.in_train: return
         h, w = run.xb.shape[2:]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from exp.callbacks import AvgStatsCallback, Callback, CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls
+from exp.callbacks import AvgStatsCallback, Callback, CancelFitException, CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls
 from exp.data_block import ItemLoader
 from exp.optimizers import (AverageGrad, AverageSqrGrad, CheckGrads, LR_Find, Optimizer, ParamScheduler, Stat, StatefulOptimizer,
                             StepCount, TensorList, TorchOptimizer, adam_opt, adam_step, debias, l2_reg, lamb, lars, momentum_step,
@@ -600,3 +600,93 @@ def test_nan_gradient_is_named():
     with pytest.raises(FloatingPointError, match=r'gradient of 0\.weight is NaN at step \d+ \(epoch 0, batch \d+'): runner(cbs=[CheckGrads()], bad=True).fit(1)
     runner(cbs=[CheckGrads()]).fit(1)
     runner(bad=True).fit(1)                                     # off by default
+
+
+# ---------------------------------------------------------------- found by a second reading
+
+def two(): return torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+
+
+def test_a_partial_names_a_hyper():
+    p = torch.ones(1, requires_grad=True); p.grad = torch.zeros(1)
+    opt = Optimizer([p], [partial(weight_decay, wd=.1), sgd_step], lr=.5)
+    opt.step()
+    assert opt.hypers[0]['wd'] == .1 and p.item() == pytest.approx(.95)                       # it was 0: decay never happened
+    assert Optimizer([p], [partial(weight_decay, wd=.1), sgd_step], lr=.5, wd=.2).hypers[0]['wd'] == .2
+
+
+def test_a_group_may_be_one_tensor_as_in_torch():
+    a, b = two()
+    opt = Optimizer([{'params': a}, {'params': [b], 'lr': .2}], sgd_step, lr=.1)
+    assert [len(ps) for ps in opt.param_groups] == [1, 1] and opt.param_groups[0][0] is a
+
+
+def test_two_parameters_of_one_name():
+    a, b = two()
+    with pytest.raises(ValueError, match="two parameters are called 'weight'"): sgd_mom_opt([[('weight', a)], [('weight', b)]], lr=.1)
+
+
+def test_state_goes_by_group_and_other_groups_are_refused():
+    a, b = two()
+    def opt(*groups): return sgd_mom_opt([{'params': [(n, p)], 'wd': wd} for n, p, wd in groups], lr=.1)
+    saved = opt(('a', a, .1), ('b', b, 0.)).state_dict()
+    with pytest.raises(ValueError, match='other groups'): opt(('b', b, 0.), ('a', a, .1)).load_state_dict(saved)
+    opt(('a', a, .3), ('b', b, 0.)).load_state_dict(saved)
+    del saved['sizes']                                                                       # as it was saved before
+    opt(('a', a, .3), ('b', b, 0.)).load_state_dict(saved)
+
+
+def test_a_hyper_of_one_group_only_comes_back():
+    def step(p, lr, scale=1., **kwargs): p.sub_(p.grad, alpha=lr*scale)
+    a, b = two()
+    def opt(): return StatefulOptimizer([{'params': [a], 'scale': .5}, {'params': [b]}], [step], [AverageGrad()], lr=.1)
+    opt().load_state_dict(opt().state_dict())
+
+
+def test_a_state_of_row_means_comes_back():
+    class Rows(Stat):
+        def init_state(self, p): return {'rows': torch.zeros_like(p[:, :1]) if p.ndim > 1 else torch.zeros_like(p)}
+        def update(self, p, state, **kwargs): return {'rows': state['rows'] + p.grad.abs().mean(-1, keepdim=True)}
+    def step(p, lr, rows, **kwargs): p.sub_(p.grad/(rows + 1), alpha=lr)
+    w = torch.ones(3, 4, requires_grad=True); w.grad = torch.ones(3, 4)
+    def opt(p): return StatefulOptimizer([p], [step], [Rows()], lr=.1, fast=False)
+    a = opt(w); a.step()
+    b = opt(w); b.load_state_dict(a.state_dict())
+    assert next(iter(b.state.values()))['rows'].shape == (3, 1)
+    with pytest.raises(ValueError, match='shape'): opt(torch.ones(5, 4, requires_grad=True)).load_state_dict(a.state_dict())
+
+
+def test_a_stat_without_its_hyper_is_found_at_once():
+    class Needs(Stat):
+        def init_state(self, p): return {'x': torch.zeros_like(p)}
+        def update(self, p, state, share, **kwargs): return {'x': state['x']*share}
+    with pytest.raises(ValueError, match="Needs needs 'share'"): StatefulOptimizer([two()[0]], [sgd_step], [Needs()], lr=.1)
+
+
+def test_a_stat_that_draws_leaves_the_random_numbers_alone():
+    class Draws(Stat):
+        def init_state(self, p): return {'x': torch.rand_like(p)}
+        def update(self, p, state, **kwargs): return state
+    torch.manual_seed(0); want = torch.rand(1)
+    torch.manual_seed(0); StatefulOptimizer([two()[0]], [sgd_step], [Draws()], lr=.1)
+    assert torch.rand(1).equal(want)
+
+
+def test_a_stepper_by_rows_is_not_compiled_flat():
+    def rows(p, lr, **kwargs): p.sub_(lr*p.grad/p.grad.norm(dim=-1, keepdim=True))
+    ps = [torch.ones(64, requires_grad=True), torch.ones(64, 64, requires_grad=True)]
+    for p in ps: p.grad = torch.linspace(.1, 1, p.numel()).view_as(p)
+    want = [p.detach() - .1*p.grad/p.grad.norm(dim=-1, keepdim=True) for p in ps]
+    with pytest.warns(UserWarning, match='no compiled step'): Optimizer(ps, rows, fast='compile', lr=.1).step()
+    assert all(torch.allclose(p, w) for p, w in zip(ps, want))
+
+
+def test_lr_find_takes_negative_losses_and_shows_a_curve_without_a_suggestion():
+    f = LR_Find()
+    f.losses = [-1.]
+    f.after_loss(type('run', (), {'loss': torch.tensor(-3.)}))                               # it ended the search: −3 is not below 4 · −3
+    f.after_loss(type('run', (), {'loss': torch.tensor(5.9)}))
+    with pytest.raises(CancelFitException): f.after_loss(type('run', (), {'loss': torch.tensor(6.1)}))
+    f.lrs, f.losses = [10**-i for i in range(8)], [8. - i for i in range(8)]
+    with pytest.raises(ValueError, match='too few'): print(f.suggestion)
+    assert f.plot().get_title() == 'no rate to suggest'
