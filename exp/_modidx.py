@@ -343,6 +343,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'exp.data_block._Order.batches': ('data_block.html#_order.batches', 'exp/data_block.py'),
                                 'exp.data_block._draws': ('data_block.html#_draws', 'exp/data_block.py'),
                                 'exp.data_block._first_picture': ('data_block.html#_first_picture', 'exp/data_block.py'),
+                                'exp.data_block._is_dir': ('data_block.html#_is_dir', 'exp/data_block.py'),
                                 'exp.data_block._key': ('data_block.html#_key', 'exp/data_block.py'),
                                 'exp.data_block._leads_back': ('data_block.html#_leads_back', 'exp/data_block.py'),
                                 'exp.data_block._like': ('data_block.html#_like', 'exp/data_block.py'),

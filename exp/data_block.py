@@ -47,7 +47,7 @@ def get_files(path, extensions=None, recurse=False, include=None):
             for e in entries:
                 name = e.name
                 if name[0] == '.': continue
-                if e.is_dir():
+                if _is_dir(e):
                     if recurse and (here or include is None or name in include) and not _leads_back(e): folders.append(f'{here}{name}/')
                 elif exts is None or name[name.rfind('.'):].lower() in exts: names.append(name)
         found += [here + n for n in sorted(names)]
@@ -56,8 +56,13 @@ def get_files(path, extensions=None, recurse=False, include=None):
 
 # %% ../nbs/08_data_block.ipynb #a8e21b52
 def _leads_back(entry):
-    "A link to a folder above itself would be walked for ever."
-    return entry.is_symlink() and os.path.realpath(os.path.dirname(entry.path) + '/x').startswith(os.path.realpath(entry.path) + os.sep)
+    "A link to a folder that it lies in, by whatever way one came, would be walked for ever."
+    def end(p): return os.path.join(os.path.realpath(p), '')
+    return entry.is_symlink() and any(end(up).startswith(end(entry.path)) for up in Path(entry.path).parents)
+
+def _is_dir(entry):
+    try: return entry.is_dir()
+    except OSError: return False                                     # a link to itself
 
 # %% ../nbs/08_data_block.ipynb #97c93310
 class PathList:
@@ -203,7 +208,7 @@ def _open_fast(fn, draft, max_pixels):
         data = Path(fn).read_bytes()
         h, w, space, _ = sj.decode_jpeg_header(data)
         if b'Exif' in data[:2**16] or space not in ('Gray', 'YCbCr') or h*w > (max_pixels or Image.MAX_IMAGE_PIXELS or h*w) or draft and min(h, w) >= 2*draft: return None
-        return Image.fromarray(sj.decode_jpeg(data, 'GRAY' if space == 'Gray' else 'RGB').squeeze())
+        return Image.fromarray(sj.decode_jpeg(data, 'GRAY')[..., 0] if space == 'Gray' else sj.decode_jpeg(data, 'RGB'))
     except (ValueError, OSError): return None
 
 # %% ../nbs/08_data_block.ipynb #2e54106a
@@ -225,7 +230,7 @@ def open_image(fn, draft=None, max_pixels=None, fast=False):
 
 # %% ../nbs/08_data_block.ipynb #dadaf22f
 class ImageList(ItemList):
-    "An `ItemList` of picture files: `get` is `open_image`. `max_pixels` lifts Pillow's limit on the size of one picture for this list; `fast` is explained there."
+    "An `ItemList` of picture files: `get` is `open_image`. `max_pixels`: Pillow's limit for this list (above it Pillow warns, above twice it refuses); `fast` is explained there."
     def __init__(self, items, path='.', tfms=None, max_pixels=None, fast=True):
         super().__init__(items, path, tfms)
         self.max_pixels, self.fast = max_pixels, fast
@@ -235,7 +240,7 @@ class ImageList(ItemList):
         exts = image_extensions if extensions is None else extensions
         items = get_files(path, exts, recurse, include)
         if not len(items): raise DataError(f'no images in {path} ({", ".join(sorted([exts] if isinstance(exts, str) else exts))})')
-        return cls(items, path, **kwargs)
+        return cls(items, items.root, **kwargs)                      # `~` is a folder by now
     def get(self, fn): return open_image(fn, self._draft(), self.max_pixels, self.fast)
 
 # %% ../nbs/08_data_block.ipynb #86ff90ac
@@ -263,7 +268,7 @@ make_rgb._order = 0
 class ResizeFixed:
     """Squeezes a PIL image to `size` pixels: a number for a square, or (width, height). Antialiased.
 
-    RGB and grey go through torch's kernel, within 2 of 255 of Pillow's: about twice as fast for a batch of pictures of one size, slower than Pillow for one alone. Other
+    RGB and grey go through torch's kernel, within 2 of 255 of Pillow's: faster for a batch of pictures of one size. Other
     kinds, and other filters than the bilinear and the bicubic, go through Pillow."""
     _order = 10
     def __init__(self, size, resample=Image.Resampling.BILINEAR):
@@ -281,9 +286,9 @@ class ResizeFixed:
 
 # %% ../nbs/08_data_block.ipynb #560a05d3
 def to_byte_tensor(item):
-    "PIL image to uint8 (C, H, W), 0–255. Raises `TypeError` for pictures of more than 8 bits: `make_rgb` first."
+    "PIL image to uint8 (C, H, W), 0–255. Raises `TypeError` for pictures that hold no bytes (16 bits, black and white): `make_rgb` first."
     a = np.array(item)
-    if a.dtype != np.uint8: raise TypeError(f'a picture of mode {item.mode} has more than a byte a channel: put make_rgb first')
+    if a.dtype != np.uint8: raise TypeError(f'a picture of mode {item.mode} holds {a.dtype}, not bytes: put make_rgb first')
     return torch.from_numpy(a if a.ndim == 3 else a[..., None]).permute(2, 0, 1)
 to_byte_tensor._order = 20
 
@@ -301,7 +306,8 @@ def stack(xs, names=None):
     for i, x in enumerate(xs):
         if shape(x) != first: raise DataError(f'{names[i] if names else i} is {shape(x)} where {names[0] if names else 0} is {first}: one batch needs one shape (make_rgb, ResizeFixed)')
     if not isinstance(xs[0], Image.Image): return torch.stack([torch.as_tensor(x) for x in xs])
-    one = to_byte_tensor(xs[0])                                       # also says what is wrong with 16 bits
+    try: one = to_byte_tensor(xs[0])
+    except TypeError as e: raise DataError(f'{names[0]}: {e}' if names else str(e)) from None
     out = torch.empty(len(xs), *one.shape[1:], len(one), dtype=torch.uint8)
     for o, im in zip(out.numpy(), xs): o[:] = np.frombuffer(im.tobytes(), np.uint8).reshape(o.shape)
     return out.permute(0, 3, 1, 2)                                    # (N, H, W, C) -> (N, C, H, W), no byte moves
@@ -352,7 +358,9 @@ class SplitData:
     def __repr__(self): return '\n'.join(f'{n}: {l}' for n, l in (('train', self.train), ('valid', self.valid), ('test', self.test)) if l is not None)
 
     @classmethod
-    def split_by_func(cls, il, f): return cls(*map(il.new, split_by_func(il.items, f)), how=f' by {step_name(f)}')
+    def split_by_func(cls, il, f):
+        sides = split_by_func(il.items, f)
+        return cls(*map(il.new, sides), how=f' by {step_name(f)} ({len(il) - sum(map(len, sides)):,} more belong to neither)')
     @classmethod
     def split_by_mask(cls, il, mask, how=''):
         "`mask`: a boolean for each item, True for validation."
@@ -369,7 +377,7 @@ def _draws(il, seed):
 def split_by_random(cls: SplitData, il, valid_pct=.2, seed=42):
     """About `valid_pct` of the items for validation, each decided by its own name and `seed`, at least one on each side.
 
-    So the split is the same in every session, and a new file moves none of the old ones to the other side."""
+    So the split is the same in every session, and a new file moves none of the old ones to the other side, unless that had been empty."""
     if not 0 < valid_pct < 1: raise ValueError(f'valid_pct is a share between 0 and 1, not {valid_pct}')
     d = _draws(il, seed)
     mask = d < valid_pct
@@ -384,6 +392,7 @@ def read_table(table, key, value):
         try:
             with open(table, newline='', encoding='utf-8-sig') as f: r = csv.DictReader(f); rows = list(r); cols = r.fieldnames or []
         except OSError as e: raise DataError(f'{table} cannot be read: {e.strerror}') from None
+        except UnicodeDecodeError as e: raise DataError(f'{table} cannot be read: it is not UTF-8 ({e.reason} at byte {e.start:,})') from None
     if missing := {key, value} - set(cols): raise ValueError(f'no column {", ".join(map(repr, sorted(missing)))}; there is {", ".join(map(str, cols))}')
     return {str(r[key]): '' if r[value] is None or r[value] != r[value] else str(r[value]) for r in rows}      # NaN differs from itself
 
@@ -392,7 +401,7 @@ def _lookup(table, fn):
     "The entry for a file: by its path, or as much of its end as the table uses, with the extension or without; None where there is none."
     parts = Path(fn).parts
     for k in range(len(parts)):
-        name = '/'.join(parts[k:])
+        name = Path(*parts[k:]).as_posix()
         for n in (name, name[:-len(Path(fn).suffix) or None]):
             if n in table: return table[n]
 
@@ -401,7 +410,7 @@ def _lookup(table, fn):
 def split_by_names(cls: SplitData, il, names):
     "The files in `names` are for validation: paths below the folder, or just file names. Raises `DataError` for a name that is not there."
     table = {str(n): str(n) for n in names}
-    hit = [_lookup(table, _key(il, i)) for i in range(len(il))]
+    hit = [_lookup(table, o if isinstance(o, Path) else _key(il, i)) for i, o in enumerate(il.items)]
     if lost := set(table) - set(hit): raise DataError(f'{len(lost)} of {len(table)} names are no items: {", ".join(sorted(lost)[:5])}')
     return cls.split_by_mask(il, [h is not None for h in hit], ' by name')
 
@@ -410,7 +419,7 @@ def split_by_names(cls: SplitData, il, names):
 def split_by_csv(cls: SplitData, il, table, name_col='name', valid_col='is_valid'):
     "By a column of a csv file or DataFrame: true, 1, yes, valid or val is validation. A file with no row raises `DataError`."
     table = read_table(table, name_col, valid_col)
-    hit = [_lookup(table, _key(il, i)) for i in range(len(il))]
+    hit = [_lookup(table, o if isinstance(o, Path) else _key(il, i)) for i, o in enumerate(il.items)]
     if lost := [_key(il, i) for i, h in enumerate(hit) if h is None]: raise DataError(f'{len(lost)} of {len(il):,} items have no row in the table: {", ".join(lost[:5])}')
     return cls.split_by_mask(il, [h.strip().lower() in ('true', '1', '1.0', 'yes', 'valid', 'val', 'validation') for h in hit], f' by column {valid_col}')
 
@@ -473,8 +482,10 @@ class NumberProcessor(Processor):
         self.mean, self.std = t.mean(0), t.std(0, correction=0)
         if not (self.std > 0).all(): raise DataError('a column of the targets is constant: nothing to standardise, nothing to learn')
     def _num(self, item):
-        try: return [float(o) for o in item] if isinstance(item, (list, tuple)) else float(item)
+        try: x = [float(o) for o in item] if isinstance(item, (list, tuple)) else float(item)
         except (TypeError, ValueError): raise DataError(f'target {item!r} is no number') from None
+        if not np.isfinite(x).all(): raise DataError(f'target {item!r} is not finite')
+        return x
     def proc1(self, item): return ((torch.tensor(self._num(item), dtype=torch.float64) - self.mean)/self.std).float()
     def deproc1(self, y): r = (torch.as_tensor(y).double()*self.std + self.mean); return r.item() if not r.dim() else r.tolist()
 
@@ -536,7 +547,9 @@ class LabeledData:
     def _some(x, idx): return ', '.join(_key(x, i) for i in idx[:5]) + (', …' if len(idx) > 5 else '')
     @staticmethod
     def _takes(proc, label):
-        try: proc.proc1(label); return True
+        try:
+            for p in proc if isinstance(proc, (list, tuple)) else [proc]: label = p.proc1(label)
+            return True
         except DataError: return False
 
 # %% ../nbs/08_data_block.ipynb #61cafd7e
@@ -558,9 +571,9 @@ def pick(self: LabeledData, idx):
 # %% ../nbs/08_data_block.ipynb #d9e721f8
 def default_processor(labels):
     "A processor by the look of the first labels: text, whole numbers → `CategoryProcessor`, lists of text → multi-label, fractions, lists of numbers → `NumberProcessor`."
-    some = [l for l in labels if l is not None and (not isinstance(l, list) or l)][:100]
+    some = [l for l in labels if l is not None and (not isinstance(l, (list, tuple, set)) or l)][:100]
     if some and isinstance(some[0], (list, tuple, set)): return MultiCategoryProcessor() if isinstance(next(iter(some[0])), str) else NumberProcessor()
-    return NumberProcessor() if some and all(isinstance(l, float) for l in some) else CategoryProcessor()
+    return NumberProcessor() if some and all(isinstance(l, (float, np.floating)) for l in some) else CategoryProcessor()
 
 # %% ../nbs/08_data_block.ipynb #e494156f
 def label_by_func(sd, f, proc_x=None, proc_y=None):
@@ -618,7 +631,7 @@ class _Collect:
 def tensor(self: _Collect):
     if self.run: self.flush()
     if not self.resize: return stack([x for _, x in self.parts], [n for ns, _ in self.parts for n in ns])
-    xs = [x if torch.is_tensor(x) else stack([x]) for _, x in self.parts]
+    xs = [x if torch.is_tensor(x) else stack([x], ns) for ns, x in self.parts]
     for (ns, _), x in zip(self.parts, xs):
         if x.shape[1:] != xs[0].shape[1:]: raise DataError(f'{ns[0]} is {tuple(x.shape[1:])} where {self.parts[0][0][0]} is {tuple(xs[0].shape[1:])}: one batch needs one shape (make_rgb)')
     return torch.cat(xs) if len(xs) > 1 else xs[0]
@@ -667,7 +680,7 @@ class _Batches(torch.utils.data.Dataset):
     def __getitem__(self, key):
         seed, idxs = key
         s = self.source
-        if isinstance(s, Dataset): return *s[torch.from_numpy(idxs)], {}
+        if isinstance(s, Dataset): return s.x[torch.from_numpy(idxs)], _pick(s.y, idxs), {}
         xb, kept, bad = getattr(s, 'x', s).batch(idxs, seed, self.on_error)
         return xb, s.y[kept] if hasattr(s, 'y') else None, bad
 
@@ -766,9 +779,11 @@ def in_memory(self: LabeledData, on_error='raise', progress=None, threads=None):
     keys, ys = [(None, a) for a in np.array_split(np.arange(len(self)), -(-len(self)//32))], []
     pool = ThreadPoolExecutor(threads or os.cpu_count())
     try:
-        for xb, yb, bad in pool.map(batches.__getitem__, keys):
+        for (_, idxs), (xb, yb, bad) in zip(keys, pool.map(batches.__getitem__, keys)):
             skipped |= bad
             if x is None and len(xb): x = _like(xb, len(self))
+            if len(xb) and xb.shape[1:] != x.shape[1:]:
+                raise DataError(f'{_key(self.x, idxs[0])} and those after it are {tuple(xb.shape[1:])} where the first are {tuple(x.shape[1:])}: make_rgb, ResizeFixed')
             if len(xb): x[n:n+len(xb)] = xb; n += len(xb); ys.append(yb)
             if progress: progress(n, len(self))
     finally: pool.shutdown(cancel_futures=True)
@@ -805,12 +820,12 @@ def databunchify(sd, bs, c_in=None, c_out=None, num_workers=None, in_memory=Fals
     """An `ItemBunch` of a labelled `SplitData`: batches of `bs` for training, shuffled by `seed`, of `valid_bs` (2·bs) for validation and test.
 
     `c_in`, `c_out`: from the data where not given. `num_workers` None: a process per core, at most 8. `in_memory` True: decode once and keep;
-    None: where both sets take at most `max_bytes` and nothing draws. `on_error` 'skip': leave bad files out, and list them. `kwargs`: torch's `DataLoader`."""
+    None: where both sets take at most `max_bytes` and nothing draws. `on_error` 'skip': leave bad files out, and list them (the test set always raises: its predictions go with its files). `kwargs`: torch's `DataLoader`."""
     parts, proc, valid_bs = [sd.train, sd.valid], _proc(sd.train), valid_bs or 2*bs
     x1 = _first_picture(sd.train.x, on_error)
     n_out = len(proc.vocab) if hasattr(proc, 'vocab') else sd.train.y.items[:1].numel() if torch.is_tensor(sd.train.y.items) else None
     if c_out is not None and hasattr(proc, 'vocab') and c_out < n_out: raise ValueError(f'c_out is {c_out}, but the training set has {n_out} labels')
-    if isinstance(proc, CategoryProcessor) and n_out < 2: raise DataError(f'one class only ({", ".join(map(str, proc.vocab))}): there is nothing to tell apart')
+    if type(proc) is CategoryProcessor and n_out < 2: raise DataError(f'one class only ({", ".join(map(str, proc.vocab))}): there is nothing to tell apart')
     if in_memory is None: in_memory = x1.nbytes*sum(map(len, parts)) <= max_bytes and not sd.train.x.is_random() and not sd.valid.x.is_random()
     skipped = {}
     if in_memory:
@@ -820,7 +835,8 @@ def databunchify(sd, bs, c_in=None, c_out=None, num_workers=None, in_memory=Fals
     need = x1.nbytes*(bs + valid_bs)*nw*(kwargs.get('prefetch_factor') or 2) if nw else 0                 # training batches and the double ones of validation
     if why := nw and no_workers_because(sd.train, nw, need, kwargs.get('multiprocessing_context')):
         warnings.warn(f'loading goes on without worker processes: {why}', stacklevel=2)
-        nw, kwargs = 0, {k: v for k, v in kwargs.items() if k not in ('prefetch_factor', 'persistent_workers', 'multiprocessing_context')}
+        nw = 0
+    if not nw: kwargs = {k: v for k, v in kwargs.items() if k not in ('prefetch_factor', 'persistent_workers', 'multiprocessing_context')}       # torch wants none
     train, valid = (ItemLoader(p, b, s, seed, on_error, nw, **kwargs) for p, b, s in zip(parts, (bs, valid_bs), (True, False)))
     test = ItemLoader(sd.test, valid_bs, seed=seed, num_workers=nw, **kwargs) if sd.test is not None else None
     return ItemBunch(train, valid, (x1.shape[1] if x1.dim() > 3 else None) if c_in is None else c_in, n_out if c_out is None else c_out, sd, test, skipped)
@@ -925,7 +941,7 @@ class NormalizeBytes:
 # %% ../nbs/08_data_block.ipynb #4f200b6c
 @patch(cls_method=True)
 def fit(cls: NormalizeBytes, ds, n=512):
-    "From `n` pictures spread over the training set `ds`, anything whose `[i][0]` is a tensor (C, H, W)."
+    "From about `n` pictures (`n` at least, where there are so many) spread over the training set `ds`, anything whose `[i][0]` is a tensor (C, H, W)."
     with same_draws():
         x = torch.stack([ds[i][0] for i in range(0, len(ds), max(1, len(ds)//n))])
     x = x if x.is_floating_point() else x.float()/255

@@ -621,3 +621,83 @@ def test_a_colon_in_a_files_name_spoils_no_message(tmp_path):
     for found in (verify_images(il, progress=None), il.batch(range(2), on_error='skip')[2]):
         (name, why), = found.items()
         assert str(name) == str(bad) and why.startswith('no readable picture')
+
+
+# ------------------------------------------------------------------ found by a second reading
+def test_absolute_paths_name_items(tmp_path):
+    il = ImageList.from_files(pictures(tmp_path, *(f'{c}/{i}.png' for c in 'ab' for i in range(3))))
+    sd = SplitData.split_by_names(il, [il.items[1], il.items[4]])
+    assert [str(p) for p in sd.valid.items] == [str(il.items[1]), str(il.items[4])]
+    (tmp_path/'t.csv').write_text(f'name,label\n{il.items[0]},x\n')
+    assert TableLabeler(tmp_path/'t.csv')(il.items[0]) == 'x'
+
+
+def test_a_home_folder_gives_the_same_split_as_its_path(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(pictures(tmp_path, *(f'ds/{i}.png' for i in range(30)))))
+    a, b = (SplitData.split_by_random(ImageList.from_files(f)) for f in ('~/ds', tmp_path/'ds'))
+    assert [p.name for p in a.valid.items] == [p.name for p in b.valid.items]
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='links want rights there')
+def test_links_in_a_circle_end(tmp_path):
+    pictures(tmp_path, 'a/1.png', 'b/2.png')
+    (tmp_path/'a/to_b').symlink_to(tmp_path/'b'); (tmp_path/'b/to_a').symlink_to(tmp_path/'a'); (tmp_path/'self').symlink_to(tmp_path/'self')
+    assert {p.name for p in get_files(tmp_path, '.png', recurse=True)} == {'1.png', '2.png'}
+
+
+def test_yes_or_no_with_several_labels_is_a_task(tmp_path):
+    il = ImageList.from_files(pictures(tmp_path, *(f'{s}/{c}/{i}.png' for s in ('train', 'valid') for c in 'xy' for i in range(4))), tfms=BYTES)
+    ll = label_by_func(SplitData.split_by_func(il, grandparent_splitter), lambda p: ['x'] if p.parent.name == 'x' else [], proc_y=MultiCategoryProcessor())
+    assert ll.to_databunch(4, num_workers=0).c_out == 1
+
+
+@pytest.mark.parametrize('given', [dict(prefetch_factor=4), dict(persistent_workers=True)], ids=str)
+def test_options_of_workers_do_no_harm_without_them(ll, given):
+    assert len(next(iter(ll.to_databunch(16, in_memory=True, **given).train_dl))[0]) == 16
+
+
+def test_in_memory_names_the_picture_of_another_shape(tmp_path):
+    names = [f'train/a/{i:03d}.png' for i in range(40)] + ['valid/a/0.png', 'valid/b/0.png', 'train/b/0.png']
+    pictures(tmp_path, *names)
+    for i in range(32, 40): Image.new('L', (40, 30)).save(tmp_path/f'train/a/{i:03d}.png')       # 32 in colour, then grey ones: they used to be made colour, unasked
+    ll = label_by_func(SplitData.split_by_func(ImageList.from_files(tmp_path, tfms=[ResizeFixed(16), to_byte_tensor]), grandparent_splitter), parent_labeler)
+    with pytest.raises(DataError, match='train/a/032.png'): ll.train.in_memory()
+
+
+def test_in_memory_with_targets_that_are_no_tensor(tmp_path):
+    il = ImageList.from_files(pictures(tmp_path, *(f'{s}/{c}/{i}.png' for s in ('train', 'valid') for c in 'xy' for i in range(4))), tfms=BYTES)
+    ll = label_by_func(SplitData.split_by_func(il, grandparent_splitter), parent_labeler, proc_y=[])
+    ds, _ = ll.train.in_memory()
+    xb, yb = next(iter(D.ItemLoader(ds, 4)))
+    assert len(xb) == 4 and list(yb) == ['x']*4
+
+
+def test_labels_of_odd_kinds():
+    assert isinstance(D.default_processor([(), ('a',)]), MultiCategoryProcessor)
+    assert isinstance(D.default_processor([np.float32(1.5), np.float32(2)]), NumberProcessor)
+    for bad in (float('nan'), [1., float('inf')]):
+        with pytest.raises(DataError, match='not finite'): NumberProcessor().proc1(bad)
+
+
+def test_an_unknown_label_behind_several_processors(tmp_path):
+    class Upper(D.Processor):
+        def proc1(self, item): return item.upper()
+    il, proc = ItemList(['a', 'b', 'c']), CategoryProcessor(['A', 'B'])
+    with pytest.raises(DataError, match='1 of 3 labels.*— c'): LabeledData(il, ['a', 'b', 'c'], proc_y=[Upper(), proc])
+
+
+def test_pictures_that_hold_no_bytes_are_named(tmp_path):
+    for mode, name in (('1', 'bits'), ('I;16', 'deep')):
+        Image.new(mode, (20, 20)).save(tmp_path/f'{name}.png')
+        for size in ((), (ResizeFixed(8),)):
+            with pytest.raises((DataError, TypeError), match=f'{name}.png.*put make_rgb first'): ImageList([tmp_path/f'{name}.png'], tmp_path, [*size, to_byte_tensor]).batch(np.arange(1))
+
+
+def test_how_many_belong_to_neither_side(tmp_path):
+    il = ImageList.from_files(pictures(tmp_path, *(f'{s}/a/{i}.png' for s in ('training', 'validation') for i in range(3))))
+    with pytest.raises(DataError, match='of 0 items .*6 more belong to neither'): SplitData.split_by_func(il, grandparent_splitter)
+
+
+def test_a_table_that_is_not_utf8(tmp_path):
+    (tmp_path/'t.csv').write_bytes('name,label\nMüller,x\n'.encode('latin-1'))
+    with pytest.raises(DataError, match='not UTF-8'): D.read_table(tmp_path/'t.csv', 'name', 'label')
