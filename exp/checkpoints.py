@@ -8,7 +8,7 @@ __all__ = ['FORMAT', 'VERSION', 'PARTS', 'CheckpointError', 'plain', 'write_atom
            'keeps', 'data_facts', 'Checkpoint', 'register', 'pack', 'unpack', 'load_learner']
 
 # %% ../nbs/09d_checkpoints.ipynb #67b81c37
-import copy, hashlib, importlib, itertools, os, pickle, random, re, secrets, time, warnings, zipfile
+import contextlib, copy, hashlib, importlib, itertools, os, pickle, random, re, secrets, time, warnings, zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ class CheckpointError(ValueError): "A file that was refused, or could not be wri
 
 # %% ../nbs/09d_checkpoints.ipynb #8cb5a977
 def plain(o, where='it'):
-    """A copy of `o` in plain types only: tensors (detached, on the CPU), numbers, text, None; lists, tuples, dicts of them.
+    """`o` in plain types only: tensors (detached, on the CPU; not copied where they lie there), numbers, text, None; lists, tuples, dicts of them.
 
     Raises `TypeError` for anything else, naming the place."""
     if torch.is_tensor(o):
@@ -38,8 +38,9 @@ def plain(o, where='it'):
         return t.clone() if t.untyped_storage().nbytes() > t.numel()*t.element_size() else t      # torch would save all that a view is of
     if isinstance(o, np.generic): o = o.item()
     if o is None or isinstance(o, bool): return o
-    for kind in (int, float, str):
+    for kind in (int, float):
         if isinstance(o, kind): return kind(o)
+    if isinstance(o, str): return str.__str__(o)                    # of an Enum of texts, str() would give its name
     if isinstance(o, dict): return {plain(k, f'a key of {where}'): plain(v, f'{where}.{k}') for k, v in o.items()}
     if isinstance(o, (list, tuple)): return (list if isinstance(o, list) else tuple)(plain(v, f'{where}[{i}]') for i, v in enumerate(o))
     raise TypeError(f'{where} is a {type(o).__name__}: a file takes tensors, numbers, text, and lists and dicts of these')
@@ -48,9 +49,10 @@ def plain(o, where='it'):
 def _sync_folder(folder):
     "Make the names in `folder` outlast a power cut. Windows has no such call and does not need one."
     if os.name == 'nt': return
-    fd = os.open(folder, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
+    with contextlib.suppress(OSError):                              # some file systems have none either, and the file is there by now
+        fd = os.open(folder, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
 
 # %% ../nbs/09d_checkpoints.ipynb #bb28e732
 class _File:
@@ -76,7 +78,8 @@ def write_atomic(path, write):
     except (OSError, RuntimeError) as e:
         why = (out and out.error) or e
         raise CheckpointError(f'{path}: not written ({getattr(why, "strerror", None) or why}); what was there before is untouched') from e
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with contextlib.suppress(OSError): tmp.unlink()
 
 # %% ../nbs/09d_checkpoints.ipynb #ce0216db
 FORMAT, VERSION = 'exp.checkpoints', 1
@@ -95,6 +98,7 @@ def _refuse(f):
     "Why the open file is not even the right container, or None."
     start, size = f.read(4), f.seek(0, 2)
     if not size: return 'the file is empty'
+    if start[:1] == b'\x80': return 'it is a bare pickle, as torch wrote before version 1.6: read it with torch.load(…, weights_only=True) and save it again'
     if start != b'PK\3\4': return 'it was not written by exp, nor by torch'
     if not zipfile.is_zipfile(f): return f'it is cut off: its end is missing ({size:,} bytes are there)'
     try:
@@ -174,6 +178,7 @@ def opt_state(opt, model):
 # %% ../nbs/09d_checkpoints.ipynb #a9539440
 def load_opt(path, opt, model, saved):
     "Put a state of `opt_state` into `opt`. Raises `CheckpointError` where it is of another optimizer or other parameters."
+    if not isinstance(saved, dict) or not {'kind', 'groups', 'state'} <= saved.keys(): raise CheckpointError(f'{path}: refused, there is no state of an optimizer in it')
     mine = opt_state(opt, model)
     for k, what in (('kind', 'optimizer'), ('groups', 'parameter groups')):
         if saved[k] != mine[k]: raise CheckpointError(f'{path}: refused, its {what}: {_short(saved[k])}; here: {_short(mine[k])}')
@@ -209,8 +214,9 @@ def load(self: Learner, path, opt=True):
     model = bare(self.model)
     if str(path).endswith('.safetensors'):
         try: d = {'model': _safetensors().load_file(path)}
+        except ImportError: raise
+        except OSError as e: raise CheckpointError(f'{path}: cannot be read ({e.strerror or e})') from None
         except Exception as e:
-            if isinstance(e, ImportError): raise
             raise CheckpointError(f'{path}: refused, it is no whole safetensors file ({e})') from None
     else: d = read_file(path, 'weights', 'checkpoint')
     check_model(path, model, d.get('model'))
@@ -331,6 +337,7 @@ def load_state_dict(self: AvgStatsCallback, sd):
 def data_facts(data):
     "What must be the same for a fit to go on: sizes, batches, classes, and a digest of the names on each side of the split."
     source, facts = getattr(data, 'source', None), {'batches': len(data.train_dl)}
+    if bs := getattr(data.train_dl, 'bs', None) or getattr(data.train_dl, 'batch_size', None): facts['batch size'] = bs
     for side, dl in (('training', data.train_dl), ('validation', data.valid_dl)):
         if dl is None: continue
         if hasattr(dl, 'dataset') and hasattr(dl.dataset, '__len__'): facts[f'{side} items'] = len(dl.dataset)
@@ -354,6 +361,8 @@ class Checkpoint(Callback):
         self.folder, self.every, self.keep, self.found = Path(folder), every, keep, None
 
     def begin_fit(self, run):
+        if not self.found and run.epoch:
+            raise CheckpointError(f'the fit begins at epoch {run.epoch} and no checkpoint is chosen (a fit uses up its choice): fit(…, start=ck.start(learn))')
         now, self.attempt, self.token = time.time(), 1, secrets.token_hex(2)
         self.run = f'{time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))}-{int(now%1*1e6):06d}-{secrets.token_hex(2)}'
         self.facts, self.data, self.at_pass = data_facts(run.data), run.data, None
@@ -412,7 +421,7 @@ def start(self: Checkpoint, learn):
         except CheckpointError as e: broken.append(str(e)); warnings.warn(f'{e}; taking the one before', stacklevel=2); continue
         check_model(f, bare(learn.model), d['model'])
         for k, v in data_facts(learn.data).items():
-            if d['facts'].get(k) != v: raise CheckpointError(f'{f}: refused, the data is not the same: {k}: {_brief(d["facts"].get(k))} in the file, {_brief(v)} here')
+            if k in d['facts'] and d['facts'][k] != v: raise CheckpointError(f'{f}: refused, the data is not the same: {k}: {_brief(d["facts"].get(k))} in the file, {_brief(v)} here')
         self.found = f, d
         return tuple(d['position'])
     if broken: raise CheckpointError(f'none of the {len(broken)} checkpoints in {self.folder} can be read: {broken[0]}')
@@ -533,7 +542,9 @@ def unpack(r):
     cls = _find(r['object'])
     if not isinstance(cls, type): raise CheckpointError(f'it takes the function {r["object"]} for a class')
     o = cls.__new__(cls)
-    if issubclass(cls, nn.Module): nn.Module.__init__(o)
+    if issubclass(cls, nn.Module):
+        if bad := _MODULE & r['vars'].keys(): raise CheckpointError(f'it sets {min(bad)} of a layer')
+        nn.Module.__init__(o)
     o.__dict__.update({k: unpack(v) for k, v in r['vars'].items()})
     if not issubclass(cls, nn.Module): return o
     for k, t in r['parameters'].items(): o.register_parameter(k, None if t is None else nn.Parameter(t, requires_grad=t.is_floating_point()))

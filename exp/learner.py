@@ -38,6 +38,7 @@ def spread_lrs(lr, n):
     "`lr` as a list of `n`, one a group: a number for all; a list as it is; `slice(low, high)` in equal ratios from the first group to the last."
     if isinstance(lr, slice):
         lo, hi = lr.start, lr.stop
+        if not hi or n > 1 and not lo: raise ValueError(f'{lr}: slice(low, high) with both above 0 is wanted')
         return [lo*(hi/lo)**(i/(n - 1)) for i in range(n)] if n > 1 else [hi]
     lrs = list(lr) if isinstance(lr, (list, tuple)) else [lr]*n
     if len(lrs) != n: raise ValueError(f'{len(lrs)} learning rates for {n} parameter groups')
@@ -62,7 +63,8 @@ class Learner:
         for f in self.calls[event]: f(self)
     def __repr__(self):
         n = sum(p.numel() for p in self.model.parameters())
-        return f'Learner: {type(self.model).__name__} of {n:,} parameters, {len(self.data.train_dl):,} training batches an epoch, {self.n_iter:,} trained so far'
+        data = 'no training data' if self.data.train_dl is None else f'{len(self.data.train_dl):,} training batches an epoch'
+        return f'Learner: {type(self.model).__name__} of {n:,} parameters, {data}, {self.n_iter:,} trained so far'
 
 # %% ../nbs/09b_learner.ipynb #ae70f1e4
 @patch
@@ -90,8 +92,9 @@ def cb(self: Learner, cls):
 
 # %% ../nbs/09b_learner.ipynb #de87d2ec
 def split_batch(b):
-    "`(xb, yb)` of what a loader gives; a batch without targets gets an empty `yb`."
+    "`(xb, yb)` of what a loader gives; a batch without targets gets an empty `yb`. Raises `ValueError` for more than two parts."
     if not isinstance(b, (list, tuple)): return b, torch.empty(0)
+    if len(b) > 2: raise ValueError(f'a batch of {len(b)} parts: (inputs, targets) is wanted, or inputs alone')
     return (b[0], b[1]) if len(b) > 1 else (b[0], torch.empty(0))
 
 # %% ../nbs/09b_learner.ipynb #9b1c6552
@@ -133,7 +136,9 @@ def _kind(loss_func):
 # %% ../nbs/09b_learner.ipynb #100d0778
 def _wrong_labels(learn, labels):
     "A sentence on class indices outside the model's outputs, else None."
-    n, ignored = learn.pred.shape[1], getattr(learn.loss_func, 'ignore_index', -100)
+    if learn.pred.dim() < 2: return f'{metric_name(learn.loss_func)} wants a row of scores for each item'
+    n, f = learn.pred.shape[1], learn.loss_func
+    ignored = getattr(f, 'keywords', {}).get('ignore_index', getattr(f, 'ignore_index', -100))          # of a partial, or of an object
     bad = ((labels < 0) | (labels >= n)) & (labels != ignored)
     if not bad.any(): return None
     at = bad.nonzero()[0].tolist()
@@ -146,11 +151,12 @@ def get_loss(self: Learner, labels):
     pred, yb, kind = self.pred, self.yb, _kind(self.loss_func)
     if kind and torch.is_tensor(pred):
         if kind == 'pair' and pred.shape != yb.shape: raise ValueError(_misfit(self, labels))
-        if kind == 'class' and pred.is_cuda and not (labels.is_cuda or labels.is_floating_point()) and _wrong_labels(self, labels):
+        if kind == 'class' and pred.is_cuda and pred.dim() > 1 and not (labels.is_cuda or labels.is_floating_point()) and _wrong_labels(self, labels):
             raise ValueError(_misfit(self, labels))                 # the GPU would stop with "device-side assert", and stay unusable
     try: return self.loss_func(pred, yb)
+    except torch.OutOfMemoryError: raise                            # a RuntimeError too, and no misfit
     except (IndexError, ValueError, RuntimeError, TypeError) as e:
-        raise ValueError(f'{_misfit(self, labels)} ({type(e).__name__}: {str(e).splitlines()[0]})') from e
+        raise ValueError(f'{_misfit(self, labels)} ({type(e).__name__}: {(str(e).splitlines() or [""])[0]})') from e
 
 # %% ../nbs/09b_learner.ipynb #214f4fcc
 def _where(learn): return f'{"training" if learn.in_train else "validation"} batch {learn.iter} of epoch {learn.epoch}'
@@ -162,7 +168,7 @@ def _misfit(learn, labels):
     if not (torch.is_tensor(pred) and torch.is_tensor(yb)): return f'{_where(learn)}: {name} cannot compare {type(pred).__name__} and {type(yb).__name__}'
     shapes, why = f'the model gives {tuple(pred.shape)}, the targets are {str(yb.dtype)[6:]} {tuple(yb.shape)}', f'{name} cannot compare them'
     if not yb.numel(): why = 'this batch has no targets'
-    elif len(pred) != len(yb): why = 'one row of each for every item is wanted'
+    elif pred.shape[:1] != yb.shape[:1]: why = 'one row of each for every item is wanted'
     elif _kind(learn.loss_func) == 'pair' and pred.shape != yb.shape:
         why = f'{name} compares number with number and would stretch one to fit the other: give both one shape' + (', say yb[:, None]' if pred.shape[:-1] == yb.shape else '')
     elif _kind(learn.loss_func) == 'class':
@@ -272,12 +278,15 @@ def _set_rng_state(s):
     if s[4] is not None: torch.mps.set_rng_state(s[4])
 
 # %% ../nbs/09b_learner.ipynb #f7ec5b0e
-def _insides(o, found=None):
-    "Each list and dictionary in `o`, however deep, with a copy of what is in it: `[(o, copy)]`."
-    found = {} if found is None else found
-    if isinstance(o, (list, dict)) and id(o) not in found:
+def _insides(o):
+    "Each list and dictionary in `o`, however deep, and what the sums of `AvgStats` are kept in, with a copy of what is in it: `[(o, copy)]`."
+    found, todo = {}, [o]
+    while todo:
+        o = todo.pop()
+        if isinstance(o, AvgStats): o = vars(o)
+        if not isinstance(o, (list, dict)) or id(o) in found: continue
         found[id(o)] = o, o.copy()
-        for v in (o.values() if isinstance(o, dict) else o): _insides(v, found)
+        todo += o.values() if isinstance(o, dict) else o
     return list(found.values())
 
 # %% ../nbs/09b_learner.ipynb #e38e0800
@@ -287,11 +296,12 @@ def untouched(self: Learner, weights=True):
     """What is done inside leaves no trace, also after an exception: weights, buffers, modes, gradients, optimizer, generators, place in
     the data, counters, callbacks. `weights=False` is for looks that take no step and spares a copy of the parameters."""
     dls = [dl for n in ('train_dl', 'valid_dl', 'test_dl') if (dl := getattr(self.data, n, None)) is not None]
-    samplers = [s for dl in dls for b in (dl, getattr(dl, 'batch_sampler', None)) if (s := getattr(b, 'sampler', None)) is not None]
+    samplers = [o for dl in dls for b in (dl, getattr(dl, 'batch_sampler', None)) for o in (b, getattr(b, 'sampler', None)) if o is not None]
     gens = [(g, g.get_state()) for g in _generators([*dls, *samplers, *self.cbs])]
     epochs, rng, mine = [(dl, dl.epoch) for dl in dls if hasattr(dl, 'epoch')], _rng_state(), dict(vars(self))
     model, theirs = self.model, [(cb, dict(vars(cb))) for cb in self.cbs if hasattr(cb, '__dict__')]
-    modes, grads = [(m, m.training) for m in model.modules()], [(p, p.grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     tensors = {n: t.detach().clone() for n, t in [*model.named_buffers(), *(model.named_parameters() if weights else [])]}
     inside = _insides([state for _, state in theirs])
     opt_back = opt_snapshot(self.opt) if weights and self.opt is not None else lambda: None
@@ -303,8 +313,8 @@ def untouched(self: Learner, weights=True):
         now = dict([*model.named_buffers(), *model.named_parameters()])
         with torch.no_grad():
             for n, t in tensors.items(): now[n].copy_(t)
+            for p, g, was in grads: p.grad = g if g is None else g.copy_(was)
         for m, on in modes: m.training = on
-        for p, g in grads: p.grad = g
         for dl, n in epochs: dl.epoch = n
         for g, s in gens: g.set_state(s)
         _set_rng_state(rng)
@@ -403,8 +413,11 @@ def in_order(dl):
     if isinstance(dl, ItemLoader):
         return ItemLoader(dl.source, dl.bs, seed=0, on_error=dl.dataset.on_error) if getattr(dl.sampler, 'shuffle', False) else dl
     if not isinstance(dl, torch.utils.data.DataLoader): return dl
-    if isinstance(dl.sampler, torch.utils.data.SequentialSampler) and not dl.drop_last: return dl
-    return torch.utils.data.DataLoader(dl.dataset, dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+    own = type(dl.batch_sampler) not in (torch.utils.data.BatchSampler, type(None))                     # then its sampler has no say
+    if isinstance(dl.sampler, torch.utils.data.SequentialSampler) and not dl.drop_last and not own: return dl
+    some = isinstance(dl.sampler, torch.utils.data.SubsetRandomSampler) and not own
+    ds = torch.utils.data.Subset(dl.dataset, sorted(dl.sampler.indices)) if some else dl.dataset
+    return torch.utils.data.DataLoader(ds, getattr(dl.batch_sampler, 'batch_size', 64) if own else dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
 
 # %% ../nbs/09b_learner.ipynb #fa1574f6
 @patch
@@ -456,7 +469,8 @@ def predict(self: Learner, item):
 def show_results(self: Learner, n=8):
     "`n` pictures from all over the validation set with what was predicted, and the truth where that was wrong. Nothing is changed."
     ds = self.data.valid_ds
-    with self.untouched(weights=False): xs, ys = zip(*(ds[i] for i in range(0, len(ds), -(-len(ds)//n))))
+    n = min(n, len(ds))
+    with self.untouched(weights=False): xs, ys = zip(*(ds[i*len(ds)//n] for i in range(n)))
     xb, yb = torch.stack(xs), torch.stack([torch.as_tensor(y) for y in ys])
     (_, pred, _), = self._predictions([(xb, yb)])
     said = [self.decode(p)[0] for p in pred.cpu()]
@@ -489,14 +503,16 @@ def summary(self: Learner):
 class GradientAccumulation(Callback):
     """One optimizer step for every `n` batches, and one for what is left at the end of a pass: the gradient of their items' mean loss.
 
-    The loss that others see and record is that of the batch, unscaled."""
+    The loss that others see and record is that of the batch, unscaled: it is its gradient that is multiplied."""
     _order = 5
     def __init__(self, n): self.n, self.batches, self.items = n, 0, 0
     def begin_epoch(self, run): self.batches = self.items = 0
     def after_loss(self, run):
-        if run.in_train: self.loss, run.loss = run.loss, run.loss*len(run.xb)           # gradients add up as sums over items …
+        n = len(run.xb)                                                                 # gradients add up as sums over items …
+        if run.in_train and torch.is_tensor(run.loss) and run.loss.requires_grad: run.loss.register_hook(lambda g: g*n)
+    def after_cancel_batch(self, run):
+        if all(p.grad is None for p in run.model.parameters()): self.batches = self.items = 0             # what was there went with it
     def after_backward(self, run):
-        run.loss = self.loss
         self.batches, self.items = self.batches + 1, self.items + len(run.xb)
         if self.batches < self.n and run.iter < run.iters - 1: raise CancelStepException
         gs = [p.grad for p in run.model.parameters() if p.grad is not None]
@@ -529,8 +545,8 @@ class _Watch(Callback):
 
 # %% ../nbs/09b_learner.ipynb #2bc43821
 class EarlyStopping(_Watch):
-    "Ends the fit once `monitor` has not improved by more than `min_delta` for `patience` epochs."
-    _order = 14
+    "Ends the fit once `monitor` has not improved by more than `min_delta` for `patience` epochs. (A `Checkpoint` has not seen that epoch: a restart trains it again.)"
+    _order = 900                                    # after those that log the epoch, which would miss it
     def __init__(self, monitor='valid_loss', patience=2, min_delta=0., bigger=None): super().__init__(monitor, bigger); self.patience, self.min_delta = patience, min_delta
     def begin_fit(self, run): super().begin_fit(run); self.waited = 0
     def after_epoch(self, run):
@@ -559,8 +575,14 @@ class CSVLogger(Callback):
     "Appends each epoch's row of the learner's table to the file `path`, at once, so that a run that breaks off has left its rows."
     _order, _fit_only = 12, True
     def __init__(self, path='history.csv'): self.path = Path(path)
+    def begin_fit(self, run):
+        heads = next((','.join(cb.heads) for cb in run.cbs if isinstance(cb, AvgStatsCallback)), None)
+        if heads is None: raise ValueError('CSVLogger writes the table of AvgStatsCallback: add one')
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and (old := self.path.read_text(encoding='utf-8').partition('\n')[0]) not in ('', heads):
+            raise ValueError(f'{self.path} has the columns {old} and this fit has {heads}: give it another file')
     def after_epoch(self, run):
-        if (row := _last_row(run)) is None: raise ValueError('CSVLogger writes the table of AvgStatsCallback: add one')
+        row = _last_row(run)
         new = not self.path.exists() or not self.path.stat().st_size
         with open(self.path, 'a', newline='') as f:
             w = csv.DictWriter(f, row)

@@ -18,7 +18,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from exp.annealing import ParamScheduler
@@ -167,17 +167,20 @@ def test_callbacks_come_and_go_in_the_middle():
 
 
 def test_no_more_reads_from_the_device_for_more_batches():
-    class Reads(TorchDispatchMode):
-        n = 0
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.n += func is torch.ops.aten._local_scalar_dense.default
+    class Recorder2019(Callback):
+        def begin_fit(self, run): self.losses = []
+        def after_batch(self, run): self.losses.append(run.loss.detach().cpu())
+    class Reads(TorchFunctionMode):
+        n, all = 0, {getattr(torch.Tensor, n) for n in 'item tolist cpu numpy __float__ __int__ __bool__'.split()}
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.n += func in self.all
             return func(*args, **(kwargs or {}))
-    def reads(data):
-        learn = learner(AvgStatsCallback(accuracy, silent=True), Recorder(), ParamScheduler('lr', lambda pos: .1), GradientClip(1.), data=data)
+    def reads(data, recorder=Recorder):
+        learn = learner(AvgStatsCallback(accuracy, silent=True), recorder(), ParamScheduler('lr', lambda pos: .1), GradientClip(1.), data=data)
         with Reads() as r: learn.fit(1)
         return r.n
     few, many = [DataBunch([(X[:8], Y[:8])]*n, [(X[:8], Y[:8])]*n) for n in (2, 40)]
-    assert reads(few) == reads(many)
+    assert reads(few) == reads(many) and reads(many, Recorder2019) > reads(few, Recorder2019) + 30       # and the check sees something
 
 
 @pytest.mark.parametrize('opt_func', [sgd_mom_opt, adam_opt(), partial(torch.optim.SGD, momentum=.9)])
@@ -648,3 +651,108 @@ def test_a_step_cancelled_keeps_the_gradient():
     learn.fit(1)
     (F.cross_entropy(model(x1), y1) + F.cross_entropy(model(x2), y2)).backward()
     for p, q in zip(learn.model.parameters(), model.parameters()): assert torch.allclose(p, q - .1*q.grad, atol=1e-6)
+
+
+# found by a second reading
+
+def test_lr_find_with_gradients_that_add_up():
+    "The loss was multiplied where others see it, and the search ended at the first short batch."
+    found = learner(GradientAccumulation(2)).lr_find(max_iter=30)
+    assert len(found.losses) == 30
+    class Seen(Callback):
+        _order = 50
+        def __init__(self): self.l = []
+        def after_loss(self, run): self.l.append(run.loss.item())
+    for cbs in ([GradientAccumulation(1), s1 := Seen()], [s2 := Seen()]): learner(*cbs).fit(1)
+    assert s1.l == s2.l
+
+
+def test_a_batch_cancelled_on_its_way_back_does_not_count():
+    class Cancel(Callback):
+        _order = 1
+        def after_backward(self, run):
+            if run.in_train and run.iter == 1: raise CancelBatchException
+    data = DataBunch([(X[i:i+8], Y[i:i+8]) for i in (0, 8, 16, 24)], None)
+    a = learner(GradientAccumulation(2), Cancel(), data=data).fit(1)
+    b = learner(GradientAccumulation(2), data=DataBunch([(X[i:i+8], Y[i:i+8]) for i in (16, 24)], None)).fit(1)          # what was there went with the cancelled one
+    assert torch.allclose(weights(a), weights(b))
+
+
+def test_messages_about_losses_that_do_not_fit():
+    def fails(pred, y, loss=F.cross_entropy):
+        class Model(nn.Module):
+            def __init__(self): super().__init__(); self.w = nn.Parameter(torch.ones(()))
+            def forward(self, x): return pred*self.w
+        with pytest.raises(ValueError) as e: Learner(Model(), DataBunch([(X[:4], y)], None), loss, lr=.1).fit(1)
+        return str(e.value)
+    assert 'wants a row of scores for each item' in fails(torch.ones(4), torch.tensor([0, 1, 2, 9]))
+    assert 'one row of each for every item is wanted' in fails(torch.ones(()), Y[:4])
+    def silent(p, y): raise ValueError
+    assert '(ValueError: )' in fails(torch.ones(4, 3), Y[:4], silent)
+    from exp.learner import _wrong_labels
+    l = learner(); l.loss_func, l.pred = partial(F.cross_entropy, ignore_index=255), torch.ones(4, 3)
+    assert _wrong_labels(l, torch.tensor([0, 1, 2, 255])) is None and '1 of 4 do not' in _wrong_labels(l, torch.tensor([0, 1, 2, 9]))
+
+
+def test_a_batch_of_three_parts_and_rates_of_nothing():
+    with pytest.raises(ValueError, match='a batch of 3 parts'): split_batch((X, X, Y))
+    for bad in (slice(1e-2), slice(0, .1)):
+        with pytest.raises(ValueError, match='both above 0'): spread_lrs(bad, 3)
+    assert spread_lrs(slice(1e-2), 1) == [1e-2]
+
+
+def test_the_last_epoch_of_an_early_stop_is_seen_by_all():
+    class Late(Callback):
+        _order, n = 21, 0
+        def after_epoch(self, run): self.n += 1
+    late = Late()
+    learn = learner(AvgStatsCallback(accuracy, silent=True), EarlyStopping('valid_accuracy', patience=2, min_delta=1.), late).fit(9)
+    assert late.n == len(learn.cb(AvgStatsCallback).rows) == 3
+
+
+def test_a_learner_without_training_data_shows_itself():
+    assert 'no training data' in repr(Learner(net(), DataBunch(None, None), F.cross_entropy))
+
+
+def test_looks_leave_sums_gradients_and_batch_samplers_alone():
+    class Sampler:
+        def __init__(self): self.generator = torch.Generator().manual_seed(0)
+        def __iter__(self): return iter(torch.randperm(96, generator=self.generator).view(-1, 8).tolist())
+        def __len__(self): return 12
+    dl = DataLoader(TensorDataset(X, Y), batch_sampler=Sampler())
+    learn = learner(AvgStatsCallback(accuracy, silent=True), data=DataBunch(dl, dl))
+    learn.fit(1)
+    F.cross_entropy(learn.model(X), Y).backward()
+    stats = learn.cb(AvgStatsCallback).stats[False]
+    def state(): return dl.batch_sampler.generator.get_state().sum().item(), stats.count, stats.totals.tolist(), [p.grad.sum().item() for p in learn.model.parameters()]
+    before = state()
+    learn.validate(); learn.lr_find(max_iter=5)
+    assert state() == before
+
+
+def test_in_order_of_samplers_of_ones_own():
+    ds = TensorDataset(X, Y)
+    class Shuffled:
+        batch_size = 16
+        def __iter__(self): return iter(torch.randperm(140).split(16))
+        def __len__(self): return 9
+    some = torch.utils.data.SubsetRandomSampler([7, 3, 100])
+    for dl, want in ((DataLoader(ds, batch_sampler=Shuffled()), X), (DataLoader(ds, 2, sampler=some), X[[3, 7, 100]])):
+        assert torch.cat([xb for xb, _ in in_order(dl)]).equal(want)
+
+
+def test_csv_of_other_columns_or_without_a_table(tmp_path):
+    learner(AvgStatsCallback(accuracy, silent=True), CSVLogger(tmp_path/'a/h.csv')).fit(1)
+    learner(AvgStatsCallback(accuracy, silent=True), CSVLogger(tmp_path/'a/h.csv')).fit(1)
+    with pytest.raises(ValueError, match='another file'): learner(AvgStatsCallback(silent=True), CSVLogger(tmp_path/'a/h.csv')).fit(1)
+    with pytest.raises(ValueError, match='add one'): learner(CSVLogger(tmp_path/'b.csv')).fit(1)
+    assert len((tmp_path/'a/h.csv').read_text().splitlines()) == 3
+
+
+def test_show_results_shows_as_many_as_asked_for(monkeypatch):
+    shown = []
+    monkeypatch.setattr('exp.learner.show_images', lambda xs, titles, title: shown.append(len(xs)))
+    d = DataBunch(*get_dls(Dataset(torch.rand(10, 3, 4, 4), torch.arange(10) % 3), Dataset(torch.rand(10, 3, 4, 4), torch.arange(10) % 3), 5), 3, 3)
+    l = Learner(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), d, F.cross_entropy)
+    for n in (8, 50): l.show_results(n)
+    assert shown == [8, 10]
