@@ -98,7 +98,7 @@ def _refuse(f):
     "Why the open file is not even the right container, or None."
     start, size = f.read(4), f.seek(0, 2)
     if not size: return 'the file is empty'
-    if start[:1] == b'\x80': return 'it is a bare pickle, as torch wrote before version 1.6: read it with torch.load(…, weights_only=True) and save it again'
+    if start[:1] == b'\x80': return 'it is a bare pickle, and none of it was run (if it is from torch before version 1.6: torch.load(…, weights_only=True), and save it again)'
     if start != b'PK\3\4': return 'it was not written by exp, nor by torch'
     if not zipfile.is_zipfile(f): return f'it is cut off: its end is missing ({size:,} bytes are there)'
     try:

@@ -508,11 +508,12 @@ class GradientAccumulation(Callback):
     def __init__(self, n): self.n, self.batches, self.items = n, 0, 0
     def begin_epoch(self, run): self.batches = self.items = 0
     def after_loss(self, run):
-        n = len(run.xb)                                                                 # gradients add up as sums over items …
+        self.loss, n = run.loss, len(run.xb)                                            # gradients add up as sums over items …
         if run.in_train and torch.is_tensor(run.loss) and run.loss.requires_grad: run.loss.register_hook(lambda g: g*n)
     def after_cancel_batch(self, run):
         if all(p.grad is None for p in run.model.parameters()): self.batches = self.items = 0             # what was there went with it
     def after_backward(self, run):
+        run.loss = self.loss                                                            # whatever it was scaled by on its way back
         self.batches, self.items = self.batches + 1, self.items + len(run.xb)
         if self.batches < self.n and run.iter < run.iters - 1: raise CancelStepException
         gs = [p.grad for p in run.model.parameters() if p.grad is not None]

@@ -465,7 +465,7 @@ def test_hostile_files_run_nothing(saved, tmp_path):
         with pytest.raises(CheckpointError): load_learner(tmp_path/f'{n}.pt')
     with pytest.raises(CheckpointError, match='holds code .*mkdir.* none of it was run'): new.load(tmp_path/'a.pt')
     with pytest.raises(CheckpointError, match='holds code'): new.load(tmp_path/'model.pt')
-    with pytest.raises(CheckpointError, match='not written by exp'): new.load(tmp_path/'c.pt')
+    with pytest.raises(CheckpointError, match='a bare pickle, and none of it was run'): new.load(tmp_path/'c.pt')
     assert not marker.exists() and all(v.equal(before[k]) for k, v in new.model.state_dict().items())
     pickle.loads(pickle.dumps(Bomb(marker))); assert marker.exists()               # the bomb is a real one
 
@@ -621,3 +621,71 @@ if __name__ == '__main__':
     else:
         base, folder, seed, *kill = sys.argv[2:]
         print(json.dumps(run_once(Path(base)/'pictures', 0, Path(base)/folder, int(seed), *(int(k) for k in kill))))
+
+
+# found by a second reading
+
+def test_a_choice_is_used_up_by_the_fit_that_fails(tmp_path):
+    class Fails(Callback):
+        def begin_fit(self, run): raise ZeroDivisionError
+    stopped(tmp_path, (1, 2))
+    learn, ck = toy(), Checkpoint(tmp_path)
+    start = ck.start(learn)
+    with pytest.raises(ZeroDivisionError): learn.fit(3, [Fails(), ck], start=start)
+    ck.found = None
+    if start[0]:
+        with pytest.raises(CheckpointError, match='no checkpoint is chosen'): learn.fit(3, ck, start=start)               # it trained fresh weights from there
+
+
+def test_places_that_cannot_be_written_to(tmp_path):
+    from exp.checkpoints import write_atomic
+    (tmp_path/'file').touch()
+    for path in (tmp_path/'file/x.pt', tmp_path/('x'*300)):
+        with pytest.raises(CheckpointError, match='not written'): write_atomic(path, lambda f: f.write(b'x'))
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
+    from exp import checkpoints as C
+    real = os.fsync
+    def no_folders(fd):
+        if os.path.isdir(f'/proc/self/fd/{fd}'): raise OSError(22, 'Invalid argument')
+        real(fd)
+    monkeypatch.setattr(C.os, 'fsync', no_folders)
+    C.write_atomic(tmp_path/'x', lambda f: f.write(b'x'))
+    assert (tmp_path/'x').read_bytes() == b'x'
+
+
+def test_a_text_of_an_enum_is_its_text():
+    from enum import Enum
+    class C(str, Enum): RED = 'red'
+    assert plain(C.RED) == 'red' and type(plain(C.RED)) is str
+
+
+def test_an_old_file_of_torchs_is_told_as_what_it_is(tmp_path):
+    torch.save({'w': torch.ones(2)}, tmp_path/'old.pt', _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match='before version 1.6'): read_file(tmp_path/'old.pt', 'weights')
+
+
+def test_a_state_that_is_none_and_layers_that_set_what_all_have(tmp_path):
+    from exp.checkpoints import load_opt, unpack
+    with pytest.raises(CheckpointError, match='no state of an optimizer'): load_opt('x.pt', toy().make_opt(), toy().model, 5)
+    r = pack(nn.Linear(2, 2))
+    r['vars']['_modules'] = 5
+    with pytest.raises(CheckpointError, match='_modules of a layer'): unpack(r)
+
+
+def test_another_batch_size_is_refused_and_older_files_are_not(tmp_path):
+    stopped(tmp_path, (1, 2))
+    learn, ck = toy(), Checkpoint(tmp_path)
+    facts = data_facts(learn.data)
+    assert facts['batch size']
+    f = next(iter(sorted(tmp_path.glob('*.pt'))))
+    ck.start(learn)
+    learn.data.train_dl.bs = facts['batch size'] + 1
+    with pytest.raises(CheckpointError, match='batch size'): Checkpoint(tmp_path).start(learn)
+    assert f
+
+
+def test_a_missing_safetensors_file(tmp_path):
+    pytest.importorskip('safetensors')
+    with pytest.raises(CheckpointError, match='cannot be read'): toy().load(tmp_path/'none.safetensors')

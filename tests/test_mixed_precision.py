@@ -434,3 +434,36 @@ def test_compiled_fits_resume_and_their_checkpoints_open_without_compiling(tmp_p
     newest = max(tmp_path.glob('*.pt'))
     learner().load(newest)                                               # an uncompiled model takes it as it is
     assert torch.allclose(weights(run(start=True).model), weights(whole.model), atol=1e-6)
+
+
+# found by a second reading
+
+def test_a_convolution_used_at_two_sizes_keeps_its_gradient():
+    "Only the last size was looked at: after one pixel, eight of nine true gradients were set to 0."
+    class Twice(nn.Module):
+        def __init__(self): super().__init__(); self.conv, self.lin = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 4)
+        def forward(self, x): return self.lin(self.conv(F.adaptive_avg_pool2d(self.conv(x), 1)).flatten(1))
+    torch.manual_seed(0)
+    model = Twice()
+    before = model.conv.weight.detach().clone()
+    learner(MixedPrecision('bf16'), model=model, data=toy(n=32)).fit(1)
+    assert ((model.conv.weight - before).abs().amax((0, 1)) > 0).all()
+
+
+def test_compile_that_compares_more_batches_than_are_timed():
+    learn = learner(c := Compile(compare=60, backend='eager'), data=DataBunch([(X[:8], Y[:8])]*70, None))
+    kinds = []
+    class Spy(Callback):
+        _order = 7.5
+        def begin_batch(self, run): kinds.append(c.kind)
+    learn.fit(1, Spy())
+    assert kinds.count('plain') == 60 and kinds[-1] == 'compiled'
+
+
+def test_what_is_said_where_16_bits_do_not_work(monkeypatch):
+    monkeypatch.setattr(mp_module, 'native_dtype', lambda d: (torch.bfloat16, 'yes'))
+    monkeypatch.setattr(mp_module, 'no_autocast_because', lambda *a: 'its gradients come out wrong')
+    said = []
+    learn = learner(MixedPrecision()); learn.logger = said.append
+    learn.fit(1)
+    assert any('its gradients come out wrong. Training in float32.' in l for l in said) and not any('all the same' in l for l in said)

@@ -385,3 +385,46 @@ def test_show_mixed_names_what_is_mixed():
     want = [f'{l:.2f} {"abcd"[Y[i]]}\n{1 - l:.2f} {"abcd"[Y[j]]}' for i, (l, j) in enumerate(zip(lam.tolist(), perm.tolist()))]
     assert [ax.get_title() for ax in fig.axes][:4] == want
     plt.close('all')
+
+
+# found by a second reading
+
+class Callable:
+    "A loss that is no module, with a reduction."
+    def __init__(self, reduction): self.reduction = reduction
+    def __call__(self, pred, yb): return F.cross_entropy(pred, yb, reduction=self.reduction)
+
+
+def test_a_callable_loss_with_a_reduction_is_taken_item_by_item():
+    pred, yb = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), Y[:7]
+    for loss in (Callable('sum'), Callable('mean')):
+        part, of = item_losses(loss, pred, yb)
+        want = F.cross_entropy(pred, yb, reduction='none')
+        assert torch.allclose(part.sum()/(of.sum() if torch.is_tensor(of) and loss.reduction == 'mean' else 1), want.sum() if loss.reduction == 'sum' else want.mean())
+        assert loss.reduction in ('sum', 'mean')
+
+
+def test_to_show_a_mixture_changes_nothing():
+    for mixer in (Mixup(seed=3), CutMix(seed=3), OneOf(Mixup(), CutMix(), seed=3)):
+        before = mixer.gen.get_state()
+        show_mixed(mixer, X[:4].sigmoid(), Y[:4])
+        assert mixer.gen.get_state().equal(before)
+
+
+def test_smoothing_where_a_score_is_minus_infinity():
+    pred, yb = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, -100, 2, 3])
+    off = pred.clone(); off[:, 0] = -math.inf; off[0, 0] = 1.
+    assert torch.allclose(LabelSmoothing(0.)(off, yb), F.cross_entropy(off, yb))
+    ignored = pred.clone(); ignored[2, 1] = -math.inf
+    assert torch.allclose(LabelSmoothing(.1)(ignored, yb), F.cross_entropy(ignored, yb, label_smoothing=.1))
+
+
+def test_wrong_labels_of_bytes_are_all_classes():
+    noisy = noisy_labels(torch.full((20_000,), 199, dtype=torch.uint8), 1., 200)
+    assert noisy.dtype == torch.uint8 and noisy.unique().tolist() == list(range(199))
+
+
+def test_a_stop_of_all_and_a_one_of_in_another_are_refused():
+    for stop in (1., 2., -1):
+        with pytest.raises(ValueError, match='stop'): Mixup(stop=stop)
+    with pytest.raises(ValueError, match='OneOf in another'): OneOf(OneOf(Mixup()), CutMix())

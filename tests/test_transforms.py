@@ -506,7 +506,7 @@ def test_errors_are_for_the_reader():
     with pytest.raises(ValueError, match='on one line'): homography(torch.rand(4, 2), torch.tensor([[0., 0], [1, 1], [2, 2], [5, 0]]))
     with pytest.raises(ValueError, match='flattens'): warp(torch.rand(1, 1, 8, 8), affine_mats(zoom=0.))
     with pytest.raises(TypeError, match='PilRandomFlip is no transform of batches'): Augment(PilRandomFlip())
-    with pytest.raises(ValueError, match='augment first'): Augment(RandomColor(p=1))(torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match='augment before normalising'): Augment(RandomColor(p=1))(torch.randn(2, 3, 8, 8))
     with pytest.raises(ValueError, match='drawn for a batch'): Augment(RandomFlip()).draw((2, 3, 8, 8))(torch.rand(3, 3, 8, 8))
 
 
@@ -524,3 +524,33 @@ def test_crop_resize_of_fractions_reads_only_around_its_box():
     im.paste((255, 255, 255), (0, 0, 20, 40))
     assert np.asarray(crop_resize(im, (8, 8), (22.5, 3.5, 38.5, 19.5))).max() == 0
     assert np.asarray(crop_resize(im, (8, 8), (1.5, 3.5, 17.5, 19.5))).min() == 255
+
+
+# found by a second reading
+def test_an_augment_in_another_is_refused():
+    for make in (lambda: Augment(Augment(RandomFlip(p=1))), lambda: BatchAugment(Augment(RandomFlip()), RandomColor())):
+        with pytest.raises(TypeError, match='would do nothing'): make()
+    with pytest.raises(ValueError, match='padding: give it to the Augment'): BatchAugment(Augment(RandomFlip()), padding='zeros')
+
+
+@pytest.mark.parametrize('magnitude', [.2, .5])
+def test_a_tilted_crop_never_leaves_the_picture(magnitude):
+    white, tilt = Image.new('RGB', (90, 60), 'white'), PilTiltRandomCrop(24, magnitude=magnitude)
+    tilt.generator = gen()
+    assert all(np.asarray(tilt(white)).min() == 255 for _ in range(200))
+    with pytest.raises(ValueError, match='magnitude'): PilTiltRandomCrop(24, magnitude=.6)            # there it may fold
+
+
+@pytest.mark.parametrize('sizes', [(96, 125), (125, 96), (64, 112)])
+def test_growing_crops_stay_between_their_sizes(sizes):
+    seen = [BatchCrop(sizes).size_in(e, 20) for e in range(20)]
+    assert (seen[0], seen[-1]) == sizes and min(sizes) <= min(seen) <= max(seen) <= max(sizes) and seen == sorted(seen, reverse=sizes[0] > sizes[1])
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_16_bit_pictures(dtype):
+    grey = torch.full((2, 3, 8, 8), .4, dtype=dtype)
+    assert recolor(grey, hue=torch.tensor([.2, .4])).isfinite().all()
+    x = torch.rand(2, 3, 20, 20, generator=gen())
+    got = crop_batch(x.to(dtype), [(0, 0, 16, 16)]*2, 8)
+    assert got.dtype == dtype and torch.allclose(got.float(), crop_batch(x, [(0, 0, 16, 16)]*2, 8), atol=.01)
