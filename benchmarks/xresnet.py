@@ -3,6 +3,7 @@
 Each function returns `{name: callable}` as benchmarks/__main__.py takes it; the first name is the one the ratios are to. The networks get the
 same weights and the outputs are compared before anything is timed.
 """
+import os
 
 
 def _peers():
@@ -85,4 +86,30 @@ def pooling(bs=32, nf=64, size=64):
     return {k: pool and work(pool) for k, pool in {'kornia MaxBlurPool2D': theirs, 'exp MaxBlurPool': MaxBlurPool(), 'max pool': max_pool()}.items()}
 
 
-BENCHMARKS = {'xresnet_training': training, 'xresnet_inference': inference, 'xresnet_pooling': pooling}
+def threads(bs=64, size=96):
+    "Forward and backward of the recipes' networks on one batch of 64 at 96 px, in the type that exp-train takes here: with one thread and with two."
+    import torch
+    import torch.nn.functional as F
+    from benchmarks import Skip
+    from exp.convnets import keep_freed_memory
+    from exp.mixed_precision import native_dtype
+    from exp.xresnet import xresnet18, xresnet34
+    if (os.cpu_count() or 1) < 2: raise Skip('there is one core')
+    keep_freed_memory()
+    dtype = native_dtype('cpu')[0]
+    x, y = torch.randn(bs, 3, size, size).to(memory_format=torch.channels_last), torch.arange(bs) % 10
+
+    def work(net, n):
+        def run():
+            before = torch.get_num_threads()
+            torch.set_num_threads(n)
+            with torch.autocast('cpu', dtype, enabled=dtype is not None): out = net(x)
+            F.cross_entropy(out.float(), y).backward()
+            torch.set_num_threads(before)
+        return run
+    nets = {'xresnet18': xresnet18, 'xresnet34': xresnet34}
+    nets = {f'{k}, half width': f(3, 10, width=.5).to(memory_format=torch.channels_last) for k, f in nets.items()}
+    return {f'{k}, {n} thread{"s"*(n > 1)}': work(net, n) for k, net in nets.items() for n in (1, 2)}
+
+
+BENCHMARKS = {'xresnet_training': training, 'xresnet_inference': inference, 'xresnet_pooling': pooling, 'threads': threads}
