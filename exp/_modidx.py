@@ -1039,6 +1039,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'exp/train_imagenette.py'),
                                       'exp.train_imagenette.ValidateEvery.begin_validate': ( 'train_imagenette.html#validateevery.begin_validate',
                                                                                              'exp/train_imagenette.py'),
+                                      'exp.train_imagenette._begun_with': ('train_imagenette.html#_begun_with', 'exp/train_imagenette.py'),
                                       'exp.train_imagenette._complain': ('train_imagenette.html#_complain', 'exp/train_imagenette.py'),
                                       'exp.train_imagenette._how_far': ('train_imagenette.html#_how_far', 'exp/train_imagenette.py'),
                                       'exp.train_imagenette._keep': ('train_imagenette.html#_keep', 'exp/train_imagenette.py'),

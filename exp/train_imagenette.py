@@ -31,7 +31,7 @@ from .distributed import Distributed, ProcessLost, process_group, rank0_only, ra
 from .interpret import Parser, checked_device
 from .learner import CSVLogger, Learner, TensorBoardCallback
 from .mixed_precision import ChannelsLast, Compile, MixedPrecision, native_dtype
-from .mixup import LabelSmoothing, Mixup
+from .mixup import CutMix, LabelSmoothing, Mixup, OneOf
 from .optimizers import (AverageGrad, AverageSqrGrad, Stat, StatefulOptimizer, StepCount, adam_opt, debias, lamb, lars,
                             norm_bias_groups, sgd_mom_opt, sgd_opt, weight_decay)
 from .progress import ProgressCallback
@@ -146,13 +146,13 @@ class ValidateEvery(Callback):
 # %% ../nbs/11b_train_imagenette.ipynb #11b0001d
 RECIPES = dict(
     lesson=dict(arch='lesson', width=1., epochs=5, size=128, crops=None, bs=64, opt='sgd', lr=.3, wd=0., sched='lesson', tfms='none',
-                mixup=0., smooth=0., ema=0., validate=1),
+                mixup=0., cutmix=0., smooth=0., ema=0., validate=1),
     cpu=dict(arch='xresnet18', width=.5, epochs=5, size=96, crops=(48, 80), bs=64, opt='adam', lr=.01, wd=.01, sched='cycle', tfms='crop',
-             mixup=0., smooth=.1, ema=0., validate=2),
+             mixup=0., cutmix=0., smooth=.1, ema=0., validate=2),
     cpu16=dict(arch='xresnet18', width=.5, epochs=13, size=112, crops=(64, 96), bs=64, opt='adam', lr=.01, wd=.01, sched='cycle', tfms='crop',
-               mixup=0., smooth=.1, ema=0., validate=4),
+               mixup=0., cutmix=0., smooth=.1, ema=0., validate=4),
     gpu=dict(arch='leaderboard', width=1., epochs=5, size=128, crops=None, bs=32, opt='ranger', lr=8e-3, wd=1e-4, sched='flat', tfms='flip',
-             mixup=0., smooth=.1, ema=0., validate=1))
+             mixup=0., cutmix=0., smooth=.1, ema=0., validate=1))
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b0001e
 def get_recipe(name=None, device='cpu', **changes):
@@ -180,7 +180,8 @@ def get_training(data, recipe, device=None, seed=42, cbs=()):
     model = ARCHS[r['arch']](data.c_in, data.c_out, width=r['width']).to(memory_format=torch.channels_last)
     base = [CudaCallback(device), BatchTransformXCallback(NormalizeBytes.fit(data.train_ds)), ParamScheduler('lr', SCHEDS[r['sched']](r['lr'])),
             *get_tfms(r['tfms'], r['crops'], seed)]
-    if r['mixup']: base.append(Mixup(r['mixup'], seed=seed))
+    mixers = [Mix(r[k], seed=seed) for k, Mix in dict(mixup=Mixup, cutmix=CutMix).items() if r[k]]
+    base += mixers if len(mixers) < 2 else [OneOf(*mixers, seed=seed)]
     if r['ema']: base.append(EMA(r['ema']))
     if r['validate'] != 1: base.append(ValidateEvery(r['validate']))
     loss = LabelSmoothing(r['smooth']) if r['smooth'] else F.cross_entropy
@@ -218,6 +219,7 @@ def _recipe_options(p):
     add('--wd', type=number(float, 0, 10), help='weight decay, not of biases and norms')
     add('--sched', choices=list(SCHEDS), help='the schedule of the learning rate'); add('--tfms', choices=TFMS, help='what is done to training pictures')
     add('--mixup', type=number(float, 0, 10), metavar='ALPHA', help='mix pairs of pictures with shares from Beta(ALPHA, ALPHA); 0: do not')
+    add('--cutmix', type=number(float, 0, 10), metavar='ALPHA', help='paste boxes of other pictures instead, as large as these shares; with --mixup: in turns, by chance')
     add('--smooth', type=number(float, 0, 1), metavar='EPS', help='label smoothing')
     add('--ema', type=number(float, 0, .99999), metavar='DECAY', help='validate and keep a moving average of the weights; 0: do not')
     add('--validate', type=number(int, 0), metavar='N', help='validate after every N-th epoch and the last; 0: after the last only')
@@ -266,7 +268,7 @@ def settle(a):
     if a.resume and not a.log_dir and not runs: raise DataError('--resume: there is no run in runs/; --log-dir DIR names another place')
     if not a.log_dir: a.log_dir = str(runs[-1].parent) if a.resume else f'runs/{time.strftime("%Y%m%d-%H%M%S")}'
     old = Path(a.log_dir)/'config.json'
-    if a.resume and old.exists(): return _same_settings(given, json.loads(old.read_text()), old)
+    if a.resume and old.exists(): return _same_settings(given, _begun_with(old), old)
     if old.exists(): raise DataError(f'{a.log_dir} holds a run already: --resume goes on with it, another --log-dir begins a new one')
     device = checked_device(a.device)
     name = a.recipe or ('cpu' if a.bf16 is False and device.type == 'cpu' else None)
@@ -274,6 +276,10 @@ def settle(a):
     return {'data': a.data, 'bs_given': a.bs is not None, **r, 'crops': list(r['crops']), 'bf16': a.bf16, **OTHERS, **{k: v for k, v in given.items() if k in OTHERS}}
 
 # %% ../nbs/11b_train_imagenette.ipynb #bcfe8ff0
+def _begun_with(file):
+    "The settings in the config.json of a run; what an older `exp-train` did not know is as the run's recipe has it."
+    old = json.loads(file.read_text())
+    return {**RECIPES.get(old.get('recipe'), {}), **old}
 def _same_settings(given, old, file):
     for k, v in given.items():
         v = list(v) if isinstance(v, tuple) else v

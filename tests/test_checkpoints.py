@@ -615,26 +615,15 @@ def test_pack_keeps_what_a_layer_is():
     assert again(x).equal(net(x)) and str(again) == str(net) and again.state_dict().keys() == net.state_dict().keys() and not again.training
 
 
-if __name__ == '__main__':
-    torch.set_num_threads(1)
-    if sys.argv[1] == 'kills': drive(int(sys.argv[2]), Path(sys.argv[3]))
-    else:
-        base, folder, seed, *kill = sys.argv[2:]
-        print(json.dumps(run_once(Path(base)/'pictures', 0, Path(base)/folder, int(seed), *(int(k) for k in kill))))
-
-
 # found by a second reading
 
-def test_a_choice_is_used_up_by_the_fit_that_fails(tmp_path):
-    class Fails(Callback):
-        def begin_fit(self, run): raise ZeroDivisionError
-    stopped(tmp_path, (1, 2))
+def test_a_choice_is_used_up_by_the_fit(tmp_path):
+    stopped(tmp_path, 9)
     learn, ck = toy(), Checkpoint(tmp_path)
     start = ck.start(learn)
-    with pytest.raises(ZeroDivisionError): learn.fit(3, [Fails(), ck], start=start)
-    ck.found = None
-    if start[0]:
-        with pytest.raises(CheckpointError, match='no checkpoint is chosen'): learn.fit(3, ck, start=start)               # it trained fresh weights from there
+    assert start == (1, 2)
+    learn.fit(3, ck, start=start)
+    with pytest.raises(CheckpointError, match='no checkpoint is chosen'): toy().fit(3, ck, start=start)              # it trained fresh weights from there
 
 
 def test_places_that_cannot_be_written_to(tmp_path):
@@ -674,18 +663,26 @@ def test_a_state_that_is_none_and_layers_that_set_what_all_have(tmp_path):
     with pytest.raises(CheckpointError, match='_modules of a layer'): unpack(r)
 
 
-def test_another_batch_size_is_refused_and_older_files_are_not(tmp_path):
-    stopped(tmp_path, (1, 2))
-    learn, ck = toy(), Checkpoint(tmp_path)
-    facts = data_facts(learn.data)
-    assert facts['batch size']
-    f = next(iter(sorted(tmp_path.glob('*.pt'))))
-    ck.start(learn)
-    learn.data.train_dl.bs = facts['batch size'] + 1
-    with pytest.raises(CheckpointError, match='batch size'): Checkpoint(tmp_path).start(learn)
-    assert f
+def test_another_batch_size_is_refused_and_older_files_are_not(tmp_path, monkeypatch):
+    stopped(tmp_path/'new', 9)
+    with monkeypatch.context() as m:
+        m.setattr('exp.checkpoints.data_facts', lambda data: {k: v for k, v in data_facts(data).items() if k != 'batch size'})
+        stopped(tmp_path/'old', 9)
+    other = toy()
+    other.data = DataBunch(*get_dls(other.data.train_ds, other.data.valid_ds, 15, seed=0), c_in=10, c_out=3)
+    for learn, folder in ((toy(), 'new'), (toy(), 'old')):
+        learn.fit(3, ck := Checkpoint(tmp_path/folder), start=ck.start(learn))
+    with pytest.raises(CheckpointError, match='batch size: 16 in the file, 15 here'): Checkpoint(tmp_path/'new').start(other)
 
 
 def test_a_missing_safetensors_file(tmp_path):
     pytest.importorskip('safetensors')
     with pytest.raises(CheckpointError, match='cannot be read'): toy().load(tmp_path/'none.safetensors')
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    if sys.argv[1] == 'kills': drive(int(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        base, folder, seed, *kill = sys.argv[2:]
+        print(json.dumps(run_once(Path(base)/'pictures', 0, Path(base)/folder, int(seed), *(int(k) for k in kill))))

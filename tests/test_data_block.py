@@ -657,11 +657,11 @@ def test_options_of_workers_do_no_harm_without_them(ll, given):
 
 
 def test_in_memory_names_the_picture_of_another_shape(tmp_path):
-    names = [f'train/a/{i:03d}.png' for i in range(40)] + ['valid/a/0.png', 'valid/b/0.png', 'train/b/0.png']
+    names = [f'train/{c}/{i:03d}.png' for c in 'ab' for i in range(20)] + ['valid/a/0.png', 'valid/b/0.png']
     pictures(tmp_path, *names)
-    for i in range(32, 40): Image.new('L', (40, 30)).save(tmp_path/f'train/a/{i:03d}.png')       # 32 in colour, then grey ones: they used to be made colour, unasked
+    for i in range(20): Image.new('L', (40, 30)).save(tmp_path/f'train/b/{i:03d}.png')            # a chunk in colour, then a grey one: it used to be made colour, unasked
     ll = label_by_func(SplitData.split_by_func(ImageList.from_files(tmp_path, tfms=[ResizeFixed(16), to_byte_tensor]), grandparent_splitter), parent_labeler)
-    with pytest.raises(DataError, match='train/a/032.png'): ll.train.in_memory()
+    with pytest.raises(DataError, match='train/b/000.png'): ll.train.in_memory()
 
 
 def test_in_memory_with_targets_that_are_no_tensor(tmp_path):

@@ -723,11 +723,18 @@ def test_looks_leave_sums_gradients_and_batch_samplers_alone():
     learn = learner(AvgStatsCallback(accuracy, silent=True), data=DataBunch(dl, dl))
     learn.fit(1)
     F.cross_entropy(learn.model(X), Y).backward()
-    stats = learn.cb(AvgStatsCallback).stats[False]
-    def state(): return dl.batch_sampler.generator.get_state().sum().item(), stats.count, stats.totals.tolist(), [p.grad.sum().item() for p in learn.model.parameters()]
-    before = state()
-    learn.validate(); learn.lr_find(max_iter=5)
-    assert state() == before
+    stats = learn.cb(AvgStatsCallback).stats
+    with torch.no_grad(): learn.model[-1].weight.mul_(-1)                # so that a look at the data has other sums
+    def state(): return ([dl.batch_sampler.generator.get_state()] + [t.clone() for f in (True, False) for t in (torch.tensor(stats[f].count), stats[f].totals)] +
+                         [p.grad.clone() for p in learn.model.parameters()])
+    def trains():
+        with learn.untouched(): learn.fit(1)
+    def adds_to_gradients():
+        with learn.untouched(): F.cross_entropy(learn.model(X), Y).backward()
+    for look in (learn.validate, lambda: learn.lr_find(max_iter=5), learn.get_preds, trains, adds_to_gradients):
+        before = state()
+        look()
+        assert all(a.equal(b) for a, b in zip(state(), before, strict=True))
 
 
 def test_in_order_of_samplers_of_ones_own():

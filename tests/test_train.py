@@ -19,6 +19,7 @@ from exp import train_imagenette as T
 from exp.callbacks import Callback, DataBunch, Dataset, accuracy, get_dls
 from exp.datasets import DataError
 from exp.learner import Learner
+from exp.mixup import Mixer
 
 
 def run(*args, home, **kw):
@@ -155,7 +156,7 @@ def test_ctrl_c_tells_how_far_it_got_and_how_to_go_on(data_home, tmp_path):
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(data_home, tmp_path, capsys):
-    args = '--recipe', 'lesson', '--width', .5, '--tfms', 'crop', '--crops', '16-20', '--size', 24, '--epochs', 2, '--ema', .9, '--mixup', .2, '--validate', 1, '--opt', 'ranger'
+    args = '--recipe', 'lesson', '--width', .5, '--tfms', 'crop', '--crops', '16-20', '--size', 24, '--epochs', 2, '--ema', .9, '--mixup', .2, '--cutmix', 1, '--validate', 1, '--opt', 'ranger'
     whole = run('--data', 'sample', *args, '--log-dir', tmp_path/'whole', '--json', tmp_path/'whole.json', home=data_home)
     assert whole.returncode == 0, whole.stderr
     p = start(*args, '--log-dir', tmp_path/'killed', home=data_home)
@@ -223,7 +224,7 @@ def tiny(n=24, size=20, seed=0):
     return DataBunch(*get_dls(Dataset(x, y), Dataset(x, y), 8, seed=0), c_in=3, c_out=3)
 
 
-SMALL = dict(arch='lesson', width=.25, epochs=2, size=20, crops=(16, 20), bs=8, opt='momentum', lr=.05, wd=.1, sched='cycle', tfms='crop', mixup=0., smooth=0., ema=0., validate=1)
+SMALL = dict(arch='lesson', width=.25, epochs=2, size=20, crops=(16, 20), bs=8, opt='momentum', lr=.05, wd=.1, sched='cycle', tfms='crop', mixup=0., cutmix=0., smooth=0., ema=0., validate=1)
 
 
 def weights(**changes):
@@ -239,10 +240,27 @@ def small_weights():
 
 @pytest.mark.parametrize('change', [dict(width=.5), dict(arch='xresnet18', width=.125), dict(epochs=1), dict(crops=(20, 20)), dict(opt='adam'), dict(opt='sgd'), dict(opt='lamb'), dict(opt='lars'),
                                     dict(opt='ranger'), dict(lr=.06), dict(wd=.2), dict(sched='flat'), dict(sched='lesson'), dict(tfms='none', crops=None), dict(tfms='flip', crops=None), dict(tfms='strong'),
-                                    dict(mixup=.4), dict(smooth=.1), dict(ema=.9)], ids=str)
+                                    dict(mixup=.4), dict(cutmix=1.), dict(smooth=.1), dict(ema=.9)], ids=str)
 def test_every_setting_changes_the_result(change, small_weights):
     w = weights(**change)
     assert w.shape != small_weights.shape or not w.equal(small_weights) and w.isfinite().all()
+
+
+def test_mixup_and_cutmix_take_turns():
+    mixers = lambda **kw: [cb for cb in T.get_training(tiny(), T.get_recipe('lesson', **{**SMALL, **kw}), 'cpu', 5).cbs if isinstance(cb, Mixer)]
+    assert [type(m).__name__ for m in mixers(mixup=.2)] == ['Mixup'] and mixers() == []
+    both, = mixers(mixup=.2, cutmix=1.)
+    assert [(type(m).__name__, m.alpha) for m in both.mixers] == [('Mixup', .2), ('CutMix', 1.)] and len({id(m.gen) for m in (both, *both.mixers)}) == 1
+    assert not weights(mixup=.2, cutmix=1.).equal(weights(mixup=.2)) and not weights(mixup=.2, cutmix=1.).equal(weights(cutmix=1.))
+
+
+def test_a_run_begun_before_an_option_existed_goes_on(tmp_path):
+    c = T.settle(T.get_parser().parse_args(['--device', 'cpu', '--recipe', 'cpu', '--log-dir', str(tmp_path)]))
+    old = {k: v for k, v in c.items() if k not in ('cutmix', 'validate')}
+    (tmp_path/'config.json').write_text(json.dumps(old))
+    again = lambda *more: T.settle(T.get_parser().parse_args(['--device', 'cpu', '--resume', '--log-dir', str(tmp_path), *more]))
+    assert again() == c and again('--cutmix', '0')['validate'] == 2
+    with pytest.raises(T.DataError, match='was begun with cutmix 0.0, and 1.0 is asked for'): again('--cutmix', '1')
 
 
 def test_recipes(monkeypatch):
