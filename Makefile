@@ -6,7 +6,7 @@ SHELL  := /bin/bash
 ARGS   ?=
 JOBS   ?= auto
 
-.PHONY: run test lab export readme bench clean lint
+.PHONY: run test lab export readme bench clean lint help
 .DELETE_ON_ERROR:
 
 $(VENV)/stamp-run: settings.ini setup.py pyproject.toml
@@ -43,11 +43,11 @@ export: $(VENV)/stamp-dev    ## nbs/ -> exp/, and README.md from nbs/index.ipynb
 	@$(BIN)/exp-export $(ARGS)
 	@$(MAKE) --no-print-directory readme
 
-readme: $(VENV)/stamp-dev
+readme: $(VENV)/stamp-dev    ## README.md from nbs/index.ipynb
 	@echo "== README.md from nbs/index.ipynb"
 	@$(BIN)/python -m exp.export --readme
 
-lint: $(VENV)/stamp-dev
+lint: $(VENV)/stamp-dev      ## what ruff finds to complain of
 	@$(BIN)/ruff check .
 
 bench: $(VENV)/stamp-bench   ## ours beside the peers, one table of medians and ratios
@@ -58,3 +58,6 @@ clean:                       ## remove what the other tasks made, .venv included
 	@echo "== removing $(VENV), build products and caches"
 	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .out
 	@find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
+
+help:                        ## what there is to make, this list among it
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1 \2/p' Makefile | while read -r task text; do printf '%-8s %s\n' "$$task" "$$text"; done

@@ -356,6 +356,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'exp.data_block._same': ('data_block.html#_same', 'exp/data_block.py'),
                                 'exp.data_block._settle': ('data_block.html#_settle', 'exp/data_block.py'),
                                 'exp.data_block._span': ('data_block.html#_span', 'exp/data_block.py'),
+                                'exp.data_block._through': ('data_block.html#_through', 'exp/data_block.py'),
                                 'exp.data_block.databunchify': ('data_block.html#databunchify', 'exp/data_block.py'),
                                 'exp.data_block.default_processor': ('data_block.html#default_processor', 'exp/data_block.py'),
                                 'exp.data_block.describe': ('data_block.html#describe', 'exp/data_block.py'),

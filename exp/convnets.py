@@ -53,7 +53,7 @@ def append_stats(hook, mod, inp, out, lo=-2., hi=8., bins=40):
 
 # %% ../nbs/06_convnets.ipynb #18781d92
 def plot_stats(hooks, title=''):
-    "Means, standard deviations and the share of near-zero outputs, a line per layer."
+    "Means, standard deviations and the share of near-zero outputs over the batches, a line for each of `hooks`, which hold what `append_stats` counts. Returns the figure."
     import matplotlib.pyplot as plt                             # here, so that importing exp does not wait for it
     fig, axs = plt.subplots(1, 3, figsize=(10, 2.5), dpi=60)
     for i, h in enumerate(hooks):

@@ -326,7 +326,7 @@ def show_image(im, title='', ax=None, figsize=(2, 2)):
 
 # %% ../nbs/08_data_block.ipynb #f19c0c4b
 def show_images(ims, titles=(), title='', cols=8):
-    "Rows of pictures, each with its title."
+    "Rows of `cols` pictures, each with its title: PIL images, or arrays and tensors (C, H, W) of bytes."
     import matplotlib.pyplot as plt
     ims, rows = list(ims), -(-len(ims)//cols)
     fig, axs = plt.subplots(rows, cols, figsize=(cols*1.15, rows*1.35 + .25), dpi=55, squeeze=False)
@@ -509,11 +509,15 @@ class TableLabeler:
         return label if label is None or self.delim is None else [l.strip() for l in label.split(self.delim) if l.strip()]
 
 # %% ../nbs/08_data_block.ipynb #1e765255
+def _through(p, items):
+    "`items` processed by `p`; an object with `proc1` and `deproc1` and no more is a processor too."
+    return p(items) if callable(p) else [p.proc1(o) for o in items]
+
 class ProcessedItemList(ListContainer):
     "Items that went through `procs`, numbers and tensors as one tensor; `obj(i)` is item `i` as a person knows it."
     def __init__(self, items, procs=()):
         self.procs = list(procs) if isinstance(procs, (list, tuple)) else [procs] if procs else []
-        for p in self.procs: items = p(items)
+        for p in self.procs: items = _through(p, items)
         if len(items) and torch.is_tensor(items[0]): items = torch.stack(list(items))
         elif len(items) and all(isinstance(o, (int, float)) for o in items): items = torch.tensor(items)
         super().__init__(items)
@@ -534,7 +538,7 @@ class LabeledData:
         y, n = list(y), len(x)
         if n != len(y): raise ValueError(f'{n} inputs but {len(y)} labels')
         if lost := [i for i, l in enumerate(y) if l is None or isinstance(l, str) and not l.strip()]: raise DataError(f'{len(lost):,} of {n:,} items have no label: {self._some(x, lost)}')
-        for p in proc_x if isinstance(proc_x, (list, tuple)) else [proc_x] if proc_x else []: x = x.new(p(x.items))
+        for p in proc_x if isinstance(proc_x, (list, tuple)) else [proc_x] if proc_x else []: x = x.new(_through(p, x.items))
         try: self.x, self.y = x, ProcessedItemList(y, proc_y)
         except DataError as e:
             bad = [i for i, l in enumerate(y) if not self._takes(proc_y, l)]

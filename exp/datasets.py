@@ -8,7 +8,7 @@ __all__ = ['SAMPLE_CLASSES', 'MNIST_FILES', 'unzip_data', 'URLs', 'DataError', '
            'untar_data', 'read_idx', 'mnist']
 
 # %% ../nbs/01_datasets.ipynb #fa4cb1bb
-import colorsys, gzip, hashlib, http.client, json, os, shutil, sys, tarfile, tempfile, time, urllib.error, urllib.request, zipfile, zlib
+import colorsys, gzip, hashlib, http.client, json, os, shutil, ssl, sys, tarfile, tempfile, time, urllib.error, urllib.request, zipfile, zlib
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -141,15 +141,17 @@ def download(url, dest, digest=None, tries=4, timeout=30):
         try: _fetch_once(url, part, timeout); break
         except urllib.error.HTTPError as e:
             if e.code == 416: part.unlink(missing_ok=True)           # the rest was asked for of a file that has no rest
-            elif e.code < 500: raise DataError(f'{url}: the server says {e.code} {e.reason}') from None
+            elif e.code < 500 and e.code not in (408, 429): raise DataError(f'{url}: the server says {e.code} {e.reason}') from None
             last = f'the server says {e.code} {e.reason}'
         except (OSError, http.client.HTTPException) as e:            # URLError, ConnectionError, TimeoutError are kinds of OSError
             if getattr(e, 'errno', None) in (28, 122):               # ENOSPC, EDQUOT
                 raise DataError(f'{dest.name}: the disk of {dest.parent} is full; what came is kept in {part.name}, free some space and try again') from None
             what = str(getattr(e, 'reason', e))
+            if isinstance(getattr(e, 'reason', e), ssl.SSLCertVerificationError):
+                raise DataError(f'{url}: its certificate is not trusted here ({what}): the clock may be wrong, or a proxy in between; EXP_MIRROR names another place') from None
             last = what if isinstance(e, OSError) else f'{type(e).__name__} {what.strip()!r}'
         if i < tries - 1: time.sleep(wait); wait *= 2
-    else: raise DataError(f'{url}: {last} (tried {tries} times; what came is kept, the next call goes on from there)')
+    else: raise DataError(f'{url}: {last} (tried {tries} times' + ('; what came is kept, the next call goes on from there)' if part.exists() else ')'))
     if digest and (got := file_digest(part, digest[0])) != digest[1]:
         part.unlink()
         raise DataError(f'{url}: wrong {digest[0]} digest, {got[:12]}… instead of {digest[1][:12]}…; the file was thrown away')

@@ -174,6 +174,7 @@ def plot_top_losses(self: Interpretation, k=8, largest=True, cols=4):
 
 # %% ../nbs/11a_interpret.ipynb #3152d609
 Calibration = namedtuple('Calibration', 'ece edges count confidence accuracy')
+Calibration.__doc__ = 'Expected calibration error `ece` (0–1; Guo et al. 2017, eq. 3) and its bins: `edges` (M + 1,), `count`, mean `confidence` and `accuracy` (M,).'
 
 @patch
 def calibration(self: Interpretation, bins=15):
@@ -247,6 +248,7 @@ def _class_index(learn, cls, pred):
 
 # %% ../nbs/11a_interpret.ipynb #dba00163
 CAM = namedtuple('CAM', 'map cls score')
+CAM.__doc__ = 'Where the evidence lies: `map` (H′, W′) floats of a layer\'s size, `cls` the index of the class, `score` its output of the network, before softmax.'
 
 def _calls(learn, xb):
     "`(scores, [(module, input, output), …])` of one pass, in the order of the calls."
@@ -496,8 +498,8 @@ _count.__name__ = 'int'
 def get_parser():
     "The options of `exp-predict`."
     p = Parser('exp-predict', description='What is in these pictures? One line each: file, class, probability.',
-                epilog='Exit status 0: all predicted; 1: some files could not be read; 2: a mistake in the options or the model; 130: interrupted.')
-    p.add_argument('model', metavar='MODEL', help='a file that learn.export wrote')
+                epilog='Exit status 0: all predicted; 1: some files could not be read; 2: a mistake in the options or the model; 130: interrupted; 141: nobody reads on.')
+    p.add_argument('model', metavar='MODEL', help='the file that exp-train names at its end, or one that learn.export wrote')
     p.add_argument('files', metavar='FILE', nargs='+', help='pictures, folders of pictures, or patterns such as "holiday/*.jpg"')
     p.add_argument('--top', type=_count, default=1, metavar='K', help='the K likeliest classes of each, not only the first (1)')
     p.add_argument('--bs', type=_count, default=64, help='pictures at a time (64)')

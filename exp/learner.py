@@ -546,7 +546,9 @@ class _Watch(Callback):
 
 # %% ../nbs/09b_learner.ipynb #2bc43821
 class EarlyStopping(_Watch):
-    "Ends the fit once `monitor` has not improved by more than `min_delta` for `patience` epochs. (A `Checkpoint` has not seen that epoch: a restart trains it again.)"
+    """Ends the fit once `monitor`, a column of the table, has not improved by more than `min_delta` for `patience` epochs.
+
+    `bigger`: whether more is better (None: where its name has no "loss" in it). Raises `ValueError` where there is no such column. A `Checkpoint` has not seen the last epoch: a restart trains it again."""
     _order = 900                                    # after those that log the epoch, which would miss it
     def __init__(self, monitor='valid_loss', patience=2, min_delta=0., bigger=None): super().__init__(monitor, bigger); self.patience, self.min_delta = patience, min_delta
     def begin_fit(self, run): super().begin_fit(run); self.waited = 0

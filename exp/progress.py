@@ -54,7 +54,7 @@ def bar_html(share, text, broken=False):
     return f'<div class="exp-bar"><progress value="{share:.4f}" max="1" style="width:20em;{color}"></progress> {html.escape(text)}</div>'
 
 def bar_text(share, text, width=80, fill='█'):
-    "The same as a line of at most `width` characters."
+    "A bar filled to `share` (0–1) with a text beside it, as a line of at most `width` characters; too narrow for both: the text."
     n = max(0, min(30, width - len(text) - 4))
     return (f'|{(fill*int(share*n)).ljust(n, "-")}| {text}' if n > 4 else text)[:width]
 

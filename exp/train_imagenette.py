@@ -57,7 +57,7 @@ def get_items(path, size, train_size=None):
 NFS = [64, 64, 128, 256]
 
 def lesson(c_in, c_out, width=1.):
-    "The lesson's CNN: 3 × 3 kernels everywhere, batch norm after the ReLU."
+    "The lesson's CNN with `width` times its channels, 3 × 3 kernels everywhere, batch norm after the ReLU: (N, c_in, H, W) to (N, c_out) scores."
     return init_cnn(get_cnn_model(SimpleNamespace(c_in=c_in, c_out=c_out), [max(1, round(n*width)) for n in NFS], conv_layer), leak=0.)
 
 # %% ../nbs/11b_train_imagenette.ipynb #6f2e47b6
@@ -212,7 +212,7 @@ def _recipe_options(p):
     add('--arch', choices=list(ARCHS), help='the network')
     add('--width', type=number(float, .01, 16), help='times the usual number of channels')
     add('--epochs', type=number(int, 1), help='passes over the training set')
-    add('--size', type=number(int, 8, 1024), help='validation pictures are squeezed to size × size pixels, and training pictures too')
+    add('--size', type=number(int, 8, 1024), help='validation pictures are squeezed to size × size pixels; training pictures too, or to 1.25 × the largest crop')
     add('--crops', type=_sizes, metavar='A-B', help='training crops grow from A to B pixels; one number: they do not grow (the size)')
     add('--bs', type=number(int, 2), help='batch size, of all processes together; 16 for fewer than 2,000 training pictures')
     add('--opt', choices=list(OPTS), help='the optimizer'); add('--lr', type=number(float, 1e-8, 1e3), help='highest learning rate')
@@ -264,7 +264,7 @@ def settle(a):
 
     With `--resume`: those of the run in `a.log_dir`, if there is one. Raises `DataError` where an option contradicts them."""
     given = {k: v for k, v in vars(a).items() if k in ('data', 'recipe', 'bf16', *OTHERS, *RECIPES['cpu']) and v is not None}
-    runs = sorted(Path('runs').glob('*/config.json'))
+    runs = sorted(Path('runs').glob('*/config.json'), key=lambda f: f.stat().st_mtime)
     if a.resume and not a.log_dir and not runs: raise DataError('--resume: there is no run in runs/; --log-dir DIR names another place')
     if not a.log_dir: a.log_dir = str(runs[-1].parent) if a.resume else f'runs/{time.strftime("%Y%m%d-%H%M%S")}'
     old = Path(a.log_dir)/'config.json'
@@ -288,7 +288,7 @@ def _same_settings(given, old, file):
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00031
 def settings_line(c):
-    "What is worth a line of the settings `c`: without what the line before says, and without what is off."
+    "The settings of `c` that are worth a line, as a dictionary: without what the line before says, and without what is off."
     said = 'data', 'bs_given', 'epochs', 'size', 'seed', 'runs', 'device', 'validate'
     return {k: '-'.join(map(str, v)) if k == 'crops' else v for k, v in c.items() if k not in said and v not in (0, None, False) and not (k == 'crops' and c['tfms'] in ('none', 'flip'))}
 
@@ -308,7 +308,7 @@ def summarise(results, n):
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b0002f
 def get_cbs(c, folder, stats, tensorboard=False):
-    "The callbacks of a run that are not part of its recipe: speed, table, bar, files in `folder`. `c`: all settings."
+    "`(callbacks, the Checkpoint among them)` of a run that are not part of its recipe: speed, table, bar, files in `folder`. `c`: all settings."
     cbs = [Distributed(), ChannelsLast(), stats, ProgressCallback(), CSVLogger(folder/'history.csv'), ck := Checkpoint(folder/'checkpoints', keep=2)]
     device = torch.device(c['device'])
     if c['bf16'] or c['bf16'] is None and native_dtype(device)[0]: cbs.append(MixedPrecision(torch.bfloat16 if c['bf16'] else None))

@@ -99,7 +99,7 @@ class MaxBlurPool(nn.Module):
 
 # %% ../nbs/11_xresnet.ipynb #a4b6dcf4
 def max_pool():
-    "Maximum of 3 × 3 pixels at every second pixel."
+    "A layer: the maximum of 3 × 3 pixels at every second pixel, (N, C, H, W) to (N, C, ⌈H/2⌉, ⌈W/2⌉)."
     return nn.MaxPool2d(3, stride=2, padding=1)
 
 # %% ../nbs/11_xresnet.ipynb #4ebd8789

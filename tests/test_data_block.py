@@ -672,6 +672,18 @@ def test_in_memory_with_targets_that_are_no_tensor(tmp_path):
     assert len(xb) == 4 and list(yb) == ['x']*4
 
 
+def test_two_methods_are_a_processor(tmp_path):
+    class Upper:
+        def proc1(self, o): return str(o).upper()
+        def deproc1(self, o): return o.lower()
+    il = ImageList.from_files(pictures(tmp_path, *(f'{s}/{c}/{i}.png' for s in ('train', 'valid') for c in 'xy' for i in range(2))), tfms=BYTES)
+    ll = label_by_func(SplitData.split_by_func(il, grandparent_splitter), parent_labeler, proc_y=[Upper(), CategoryProcessor()])
+    assert ll.train.y.procs[-1].vocab == ['X', 'Y'] and [ll.valid.y_obj(i) for i in range(4)] == ['x', 'x', 'y', 'y']
+    class Name:
+        def proc1(self, o): return Path(o).name
+    assert list(LabeledData(ItemList(['a/1', 'b/2']), [0, 1], proc_x=Name()).x.items) == ['1', '2']
+
+
 def test_labels_of_odd_kinds():
     assert isinstance(D.default_processor([(), ('a',)]), MultiCategoryProcessor)
     assert isinstance(D.default_processor([np.float32(1.5), np.float32(2)]), NumberProcessor)

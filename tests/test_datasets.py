@@ -5,9 +5,12 @@ import io
 import multiprocessing
 import os
 import shutil
+import socket
+import ssl
 import struct
 import tarfile
 import threading
+import urllib.error
 import zipfile
 from pathlib import Path
 
@@ -94,7 +97,6 @@ def test_a_whole_file_is_not_fetched_again(server, tmp_path):
 
 
 def test_a_server_that_speaks_no_http(tmp_path):
-    import socket
     with socket.create_server(('127.0.0.1', 0)) as s:
         def answer():
             c, _ = s.accept()
@@ -120,6 +122,25 @@ def test_404_is_final_and_500_is_tried_again(server, tmp_path):
     server.status = 503
     with pytest.raises(D.DataError, match='503.*tried 4 times'): D.download(f'{server.url}/none', tmp_path/'b')
     assert len(server.asked) == 5
+    server.status = 429                                                      # too many requests: that passes
+    with pytest.raises(D.DataError, match='429.*tried 2 times'): D.download(f'{server.url}/none', tmp_path/'b', tries=2)
+    assert len(server.asked) == 7
+
+
+def test_a_certificate_that_is_not_trusted_is_final(tmp_path, monkeypatch):
+    asked = []
+    def urlopen(*a, **kw):
+        asked.append(a)
+        raise urllib.error.URLError(ssl.SSLCertVerificationError(1, '[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate'))
+    monkeypatch.setattr(D.urllib.request, 'urlopen', urlopen)
+    with pytest.raises(D.DataError, match='certificate is not trusted here .*EXP_MIRROR'): D.download('https://example.invalid/b', tmp_path/'b')
+    assert len(asked) == 1
+
+
+def test_a_name_that_nobody_knows_and_nothing_to_go_on_from(tmp_path, monkeypatch):
+    def urlopen(*a, **kw): raise urllib.error.URLError(socket.gaierror(-2, 'Name or service not known'))
+    monkeypatch.setattr(D.urllib.request, 'urlopen', urlopen)
+    with pytest.raises(D.DataError, match=r'Name or service not known \(tried 1 times\)$'): D.download('https://example.invalid/b', tmp_path/'b', tries=1)
 
 
 def test_too_little_space_is_seen_before_the_download(server, tmp_path, monkeypatch):

@@ -32,6 +32,10 @@ def test_runs_top_to_bottom(path, data_home, monkeypatch):
 
 @pytest.mark.parametrize('path', NBS, ids=ids)
 def test_committed_outputs_are_one_whole_run(path):
+    raw = json.loads(path.read_text(encoding='utf-8'))               # as it is in the file: reading by nbformat mends ids
+    ids = [c.get('id') for c in raw['cells']]
+    assert all(ids) and len(set(ids)) == len(ids), 'a cell without an id, or with that of another'
+    assert not [c['id'] for c in raw['cells'] if 'execution' in c['metadata']], 'execution times change with every run'
     nb = nbformat.read(path, 4)
     nbformat.validate(nb)
     code = [c for c in nb.cells if c.cell_type == 'code' and c.source.strip()]
@@ -64,9 +68,13 @@ def test_imports_only_go_down_the_numbers():
     for p in NBS:
         if p.stem == 'index': continue
         for c in nbformat.read(p, 4).cells:
-            if c.cell_type != 'code' or not c.source.startswith('#export'): continue
+            if c.cell_type != 'code' or not re.match(r'#\|? *export', c.source): continue
             for node in ast.walk(ast.parse(c.source)):
-                if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('exp.'):
-                    other = made_by[node.module.split('.')[1]]
-                    assert number(other) < number(p.stem), f'{p.stem} imports {node.module}, made by the later {other}'
+                if isinstance(node, ast.Import): names = [a.name for a in node.names]
+                elif isinstance(node, ast.ImportFrom): names = [f'exp.{a.name}' for a in node.names] if node.module == 'exp' else [node.module or '']
+                else: continue
+                for name in names:
+                    if not name.startswith('exp.'): continue
+                    other = made_by[name.split('.')[1]]
+                    assert number(other) < number(p.stem), f'{p.stem} imports {name}, made by the later {other}'
                     assert node.names[0].name != '*', f'{p.stem}: import * in an exported cell'

@@ -254,6 +254,17 @@ def test_mixup_and_cutmix_take_turns():
     assert not weights(mixup=.2, cutmix=1.).equal(weights(mixup=.2)) and not weights(mixup=.2, cutmix=1.).equal(weights(cutmix=1.))
 
 
+def test_resume_takes_the_newest_run_whatever_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    parse = T.get_parser().parse_args
+    for age, name, epochs in ((9, 'mine', 3), (1, '20261125-180000', 4)):
+        c = T.settle(parse(['--device', 'cpu', '--recipe', 'cpu', '--epochs', str(epochs), '--log-dir', f'runs/{name}']))
+        f = tmp_path/'runs'/name/'config.json'
+        f.parent.mkdir(parents=True); f.write_text(json.dumps(c)); os.utime(f, (time.time() - age,)*2)
+    a = parse(['--resume', '--device', 'cpu'])
+    assert T.settle(a)['epochs'] == 4 and a.log_dir == 'runs/20261125-180000'
+
+
 def test_a_run_begun_before_an_option_existed_goes_on(tmp_path):
     c = T.settle(T.get_parser().parse_args(['--device', 'cpu', '--recipe', 'cpu', '--log-dir', str(tmp_path)]))
     old = {k: v for k, v in c.items() if k not in ('cutmix', 'validate')}
