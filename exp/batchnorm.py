@@ -26,9 +26,10 @@ class BatchNorm(nn.Module):
     def forward(self, x):
         m, v = self.running_mean, self.running_var
         if self.training:
+            n = x.numel()/x.shape[1]
+            if n == 1: raise ValueError(f'batch norm wants more than 1 value per channel when training, not {tuple(x.shape)}')
             m, v = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)                    # (C,)
             with torch.no_grad():
-                n = x.numel()/x.shape[1]
                 self.running_mean.lerp_(m.to(self.running_mean.dtype), self.mom)
                 self.running_var.lerp_((v*n/(n-1)).to(self.running_var.dtype), self.mom)
         def col(t): return t[:, None, None]                                             # (C,) -> (C, 1, 1)
@@ -45,7 +46,8 @@ def conv_layer(ni, nf, ks=3, stride=2, norm=nn.BatchNorm2d, norm_first=False, **
 class RunningBatchNorm(nn.Module):
     """Batch norm of (N, C, H, W) by debiased running statistics in training too; for small batches. Source: fast.ai, lesson 10 (2019).
 
-    `mom`: share of the new batch in the sums at batch sizes 1 and 2; of larger batches more. In 16 bits the sums are taken in those of the buffers."""
+    `mom`: share of the new batch in the sums at batch sizes 1 and 2; of larger batches more. In 16 bits the sums are taken in those of the buffers. The variance is the
+    difference of two sums in 32 bits, and a mean of a thousand standard deviations spoils it."""
     def __init__(self, nf, mom=0.1, eps=1e-5):
         super().__init__()
         self.mom, self.eps = mom, eps

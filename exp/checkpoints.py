@@ -361,8 +361,8 @@ class Checkpoint(Callback):
         self.folder, self.every, self.keep, self.found = Path(folder), every, keep, None
 
     def begin_fit(self, run):
-        if not self.found and run.epoch:
-            raise CheckpointError(f'the fit begins at epoch {run.epoch} and no checkpoint is chosen (a fit uses up its choice): fit(…, start=ck.start(learn))')
+        if not self.found and any(run.start):
+            raise CheckpointError(f'the fit begins at epoch {run.start[0]}, batch {run.start[1]}, and no checkpoint is chosen (a fit uses up its choice): fit(…, start=ck.start(learn))')
         now, self.attempt, self.token = time.time(), 1, secrets.token_hex(2)
         self.run = f'{time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))}-{int(now%1*1e6):06d}-{secrets.token_hex(2)}'
         self.facts, self.data, self.at_pass = data_facts(run.data), run.data, None

@@ -47,7 +47,7 @@ class Hooks(list):
 def append_stats(hook, mod, inp, out, lo=-2., hi=8., bins=40):
     "Hook function: appends mean, standard deviation and a histogram (`bins` between `lo` and `hi`) of a training-mode output to `hook.stats`."
     if not mod.training: return
-    if not hasattr(hook, 'stats'): hook.stats = ([], [], [])
+    if not hasattr(hook, 'stats'): hook.stats, hook.limits = ([], [], []), (lo, hi)
     o = out.detach().float().cpu()
     for l, v in zip(hook.stats, (o.mean().item(), o.std().item(), o.histc(bins, lo, hi))): l.append(v)
 
@@ -57,8 +57,10 @@ def plot_stats(hooks, title=''):
     import matplotlib.pyplot as plt                             # here, so that importing exp does not wait for it
     fig, axs = plt.subplots(1, 3, figsize=(10, 2.5), dpi=60)
     for i, h in enumerate(hooks):
-        ms, ss, hs = h.stats
-        near0 = [(c[7:10].sum()/c.sum().clamp(min=1)).item() for c in hs]     # bins from −0.25 to 0.5
+        if not hasattr(h, 'stats'): raise ValueError(f'layer {i}: its hook has seen no batch in training mode')
+        (ms, ss, hs), (lo, hi) = h.stats, h.limits
+        mid = lo + (hi - lo)*(torch.arange(len(hs[0])) + .5)/len(hs[0])             # of each bin
+        near0 = [(c[(mid > -.25) & (mid < .5)].sum()/c.sum().clamp(min=1)).item() for c in hs]
         for ax, ys in zip(axs, (ms, ss, near0)): ax.plot(ys, label=f'layer {i}', lw=1)
     for ax, t in zip(axs, ('mean', 'standard deviation', 'share near zero')): ax.set(title=t, xlabel='batch')
     axs[0].legend(fontsize=6); fig.suptitle(title, fontsize=10); fig.tight_layout()
@@ -70,7 +72,7 @@ def plot_hists(hooks, title=''):
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, len(hooks), figsize=(2.4*len(hooks), 2), dpi=60, squeeze=False)
     for i, (ax, h) in enumerate(zip(axs[0], hooks)):
-        ax.imshow(torch.stack(h.stats[2]).T.log1p(), origin='lower', aspect='auto', extent=(0, len(h.stats[2]), -2, 8))
+        ax.imshow(torch.stack(h.stats[2]).T.log1p(), origin='lower', aspect='auto', extent=(0, len(h.stats[2]), *h.limits))
         ax.set(title=f'layer {i}', xlabel='batch', ylabel='activation' if not i else '')
     fig.suptitle(title, fontsize=10); fig.tight_layout()
     return fig

@@ -24,7 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 # %% ../nbs/10d_distributed.ipynb #d0b9c944
 from .batchnorm import BatchNorm, RunningBatchNorm
-from .callbacks import AvgStatsCallback, Callback, CancelBatchException, CancelEpochException, CancelFitException
+from .callbacks import AvgStatsCallback, Callback, CancelBatchException, CancelEpochException, CancelFitException, batch_len
 from .checkpoints import Checkpoint, loader_state, load_loader_state, rng_state, set_rng_state
 from .data_block import ItemLoader
 from .learner import CancelStepException, CSVLogger, GradientAccumulation, SaveBest, TensorBoardCallback
@@ -145,7 +145,7 @@ def _gather(pipes, end):
         for p in ready:
             left.remove(p)
             try: ok, what = pickle.loads(p.recv_bytes())
-            except EOFError: ok, what = False, ('killed', 'it ended without a word: killed from outside, or for want of memory')
+            except EOFError: ok, what = False, ('killed', 'it ended without a word: killed from outside, or for want of memory; or a script without `if __name__ == "__main__":`')
             (got if ok else failed)[pipes.index(p)] = what
         if failed: end = min(end or float('inf'), time.monotonic() + 3)             # the others may know more, or be at fault
     if failed:
@@ -242,14 +242,19 @@ class ShareAny:
         if self.end: self.end()
 
 # %% ../nbs/10d_distributed.ipynb #a1517c4b
+def _rows(b, rows):
+    "The rows of a batch, whatever it is made of."
+    if isinstance(b, dict): return {k: _rows(v, rows) for k, v in b.items()}
+    return tuple(_rows(t, rows) for t in b) if isinstance(b, (tuple, list)) else b[rows]
+
 @patch
 def cut(self: ShareAny, b):
     many = isinstance(b, (list, tuple))
-    rows = share(len(b[0] if many else b), self.rank, self.world)
+    rows = share(batch_len(*b) if many else batch_len(b), self.rank, self.world)
     self.n = rows.stop - rows.start
     if not self.n and not self.pad: return None
     rows = rows if self.n else slice(1)
-    return tuple(t[rows] for t in b) if many else b[rows]
+    return _rows(b, rows)
 
 # %% ../nbs/10d_distributed.ipynb #2f6fa9c9
 def shared(dl, rank, world, pad=False, end=None):
@@ -293,6 +298,7 @@ def _sync_forward(m, x):
     "What a batch norm layer does while it is synchronised."
     if not m.training or rank_and_size()[1] == 1: return type(m).forward(m, x)
     mean, var, n = global_stats(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, getattr(m, 'here', 1.))
+    if n == 1: raise ValueError(f'batch norm wants more than 1 value per channel when training, and {tuple(x.shape)} is all that the processes have')
     if m.running_mean is not None:
         with torch.no_grad():
             if hasattr(m, 'num_batches_tracked'): m.num_batches_tracked += 1
@@ -467,15 +473,15 @@ def after_loss(self: _Middle, run):
     "From the mean over this process's rows to their sum: sums of all processes can be added up. DDP divides by their number, so it is put in."
     if not run.in_train: return
     d, ga = self.d, self.ga
-    d.n = len(run.xb) if d.n else 0
+    d.n, n = (batch_len(run.xb, run.yb) if d.n else 0), batch_len(run.xb, run.yb)
     self.loss = run.loss if ga is None else ga.loss
-    run.loss = run.loss*(d.world*(d.n if ga is None else d.n/len(run.xb)))             # accumulation has made the sum already
+    run.loss = run.loss*(d.world*(d.n if ga is None else d.n/n))             # accumulation has made the sum already
 
 # %% ../nbs/10d_distributed.ipynb #7800150d
 @patch
 def mend(self: _Middle, run):
     "First thing after `backward`: gradients are sums over all rows; make them means. Those of batches before that are waiting for a step come back."
-    if self.ga is not None: self.ga.items = self.total - len(run.xb); return           # it divides, by the rows of all
+    if self.ga is not None: self.ga.items = self.total - batch_len(run.xb, run.yb); return           # it divides, by the rows of all
     run.loss, gs = self.loss, [p.grad for p in run.model.parameters() if p.grad is not None]
     if gs: torch._foreach_div_(gs, self.total)
     for p, g in self.waiting: p.grad = g if p.grad is None else p.grad.add_(g)

@@ -6,7 +6,7 @@
 __all__ = ['cpu_bf16', 'native_dtype', 'no_autocast_because', 'MixedPrecision', 'ChannelsLast', 'no_compile_because', 'Compile']
 
 # %% ../nbs/10c_mixed_precision.ipynb #12ef2a5f
-import importlib.util, itertools, os, shutil, statistics, sys, time, warnings
+import copy, importlib.util, itertools, os, shutil, statistics, sys, time, warnings
 from pathlib import Path
 
 import torch
@@ -72,8 +72,12 @@ def no_autocast_because(device, dtype):
 def _float(o):
     "16-bit tensors as float32, also in tuples, lists and dicts."
     if torch.is_tensor(o): return o.float() if o.dtype in (torch.float16, torch.bfloat16) else o
-    if isinstance(o, dict): return {k: _float(v) for k, v in o.items()}
-    return type(o)(_float(v) for v in o) if type(o) in (tuple, list) else o
+    if isinstance(o, dict):
+        new = copy.copy(o)                                              # a class of one's own stays one
+        for k, v in o.items(): new[k] = _float(v)
+        return new
+    if hasattr(o, '_fields'): return type(o)(*map(_float, o))           # a named tuple
+    return type(o)(map(_float, o)) if type(o) in (tuple, list) else o
 
 # %% ../nbs/10c_mixed_precision.ipynb #1a448c07
 class MixedPrecision(Callback):
@@ -115,23 +119,26 @@ def _taps(n, k, stride, padding, dilation):
 
 # %% ../nbs/10c_mixed_precision.ipynb #9d55f011
 class _ZeroUnused:
-    "Hooks of the convolution `conv`: weights that see nothing but padding get their gradient, 0. (torch's bfloat16 on CPUs leaves there what was in memory.)"
-    def __init__(self, conv): self.conv, self.sizes, self.handles = conv, set(), (conv.register_forward_pre_hook(self.look), conv.weight.register_hook(self.zero))
-    def look(self, conv, inp):
-        if torch.is_grad_enabled(): self.sizes.add(tuple(inp[0].shape[-len(conv.kernel_size):]))         # a layer may be used at several sizes
+    "Hooks of the convolutions `convs` of one weight: what sees nothing but padding gets its gradient, 0. (torch's bfloat16 on CPUs leaves there what was in memory.)"
+    def __init__(self, convs): self.uses, self.handles = set(), [convs[0].weight.register_hook(self.zero), *(c.register_forward_pre_hook(self.look) for c in convs)]
+    def look(self, c, inp):
+        if torch.is_grad_enabled(): self.uses.add((tuple(inp[0].shape[-len(c.kernel_size):]), c.kernel_size, c.stride, c.padding, c.dilation))      # there may be several
     def zero(self, grad):
-        c, sizes, self.sizes = self.conv, self.sizes, set()
-        used = [[all(u) for u in itertools.product(*(_taps(*a) for a in zip(size, c.kernel_size, c.stride, c.padding, c.dilation)))] for size in sizes]
-        unused = [not any(at_all_sizes) for at_all_sizes in zip(*used)]
-        if any(unused): return grad.masked_fill(torch.tensor(unused).view(c.kernel_size).to(grad.device), 0)
+        uses, self.uses = self.uses, set()
+        used = [[all(u) for u in itertools.product(*(_taps(*axis) for axis in zip(*use)))] for use in uses]
+        unused = [not any(at_all) for at_all in zip(*used)]
+        if any(unused): return grad.masked_fill(torch.tensor(unused).view(grad.shape[2:]).to(grad.device), 0)
     def remove(self):
         for h in self.handles: h.remove()
 
 # %% ../nbs/10c_mixed_precision.ipynb #37b22c1b
 def _zero_unused(model):
     "`_ZeroUnused` for the convolutions of `model` with zeros for padding; a list, to be removed after the fit."
-    def padded(m): return isinstance(m, torch.nn.modules.conv._ConvNd) and not m.transposed and m.padding_mode == 'zeros' and not isinstance(m.padding, str) and any(m.padding)
-    return [_ZeroUnused(m) for m in model.modules() if padded(m) and m.weight.is_leaf and m.weight.requires_grad]
+    by_weight = {}
+    for m in model.modules():
+        if isinstance(m, torch.nn.modules.conv._ConvNd): by_weight.setdefault(id(m.weight), []).append(m)
+    def known(m): return not m.transposed and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
+    return [_ZeroUnused(ms) for ms in by_weight.values() if all(map(known, ms)) and any(any(m.padding) for m in ms) and ms[0].weight.is_leaf and ms[0].weight.requires_grad]
 
 # %% ../nbs/10c_mixed_precision.ipynb #2c681630
 @patch

@@ -9,7 +9,7 @@ __all__ = ['NFS', 'ARCHS', 'ranger', 'OPTS', 'LRS', 'SCHEDS', 'TFMS', 'RECIPES',
            'from_first', 'train', 'main']
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00003
-import argparse, json, os, platform, statistics, sys, time
+import argparse, json, math, os, platform, statistics, sys, time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,7 +325,7 @@ def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda
     cropped = c['tfms'] in ('crop', 'strong')
     items = get_items(path, c['size'], round(1.25*max(c['crops'])) if cropped else None)
     n_train, n_valid = len(items.train), len(items.valid)
-    bs = c['bs'] if c['bs_given'] or n_train >= 2000 else 16
+    bs = c['bs'] if c['bs_given'] or n_train >= 2000 else 16 - (n_train % 16 == 1)          # a last batch of one is too small for batch norm
     print(f"training on {name}: {n_train:,} images, validated on {n_valid:,} at {c['size']} px, {c['epochs']} epochs, seed {c['seed']}, {c['device']}", flush=True)
     print('  ' + ', '.join(f'{k} {v}' for k, v in settings_line({**c, 'bs': bs}).items()), flush=True)
     data = items.to_databunch(bs, seed=c['seed'], in_memory=None, valid_bs=min(128, 2*bs))
@@ -362,9 +362,9 @@ def _kept(folder):
 
 # %% ../nbs/11b_train_imagenette.ipynb #25b87355
 def _no_nan(o):
-    "`o` with None for NaN, which JSON does not have."
+    "`o` with None for NaN and infinity, which JSON does not have."
     if isinstance(o, dict): return {k: _no_nan(v) for k, v in o.items()}
-    return [_no_nan(v) for v in o] if isinstance(o, list) else None if o != o else o
+    return [_no_nan(v) for v in o] if isinstance(o, list) else None if isinstance(o, float) and not math.isfinite(o) else o
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00033
 def train(a, done=None):
@@ -390,6 +390,8 @@ def train(a, done=None):
 def main(args=None):
     "`exp-train`. Exit status 0: trained; 2: a mistake in the options or the data; 3: another process was lost; 130: interrupted."
     a, done = get_parser().parse_args(args), []
+    for out in (sys.stdout, sys.stderr):
+        if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')          # a terminal that has no … must not end a training
     try:
         with process_group(timeout=120.):
             if a.json: Path(a.json).touch()                             # before the training, not after it

@@ -54,6 +54,22 @@ class Listed:
     def __iter__(self): return iter(self.batches)
 
 
+class Several(torch.utils.data.Dataset):
+    "Inputs as a dictionary."
+    def __init__(self, x, y): self.x, self.y = x, y
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return {'x': self.x[i], 'twice': 2*self.x[i]}, self.y[i]
+
+
+def several(n=65): return DataBunch(*get_dls(Several(*numbers(n)), Several(*numbers(N_VALID, 1)), 16, seed=5), 10, 3)
+def several_listed(n=65): d = several(n); return DataBunch(Listed(d.train_dl), Listed(d.valid_dl), 10, 3)
+
+
+class OfSeveral(nn.Module):
+    def __init__(self): super().__init__(); self.net = net()
+    def forward(self, b): return self.net(b['twice'] - b['x'])
+
+
 def listed(n=65): d = plain(n); return DataBunch(Listed(d.train_dl), Listed(d.valid_dl), 10, 3)
 
 
@@ -107,6 +123,8 @@ JOBS = {
     'a last batch of one': job(partial(items, 65)),
     'a last batch of one, torch loaders': job(partial(plain, 65), epochs=4),
     'any loader': job(listed),
+    'several inputs': job(several, OfSeveral, epochs=4),
+    'several inputs, any loader, accumulation': job(several_listed, OfSeveral, cbs=[partial(GradientAccumulation, 2)]),
     'Adam, torch loaders': job(plain, opt=adam_opt()),
     'batch norm': job(model=partial(net, nn.BatchNorm1d), epochs=4, sync_bn=True),
     'batch norm, a last batch of three': job(partial(items, 67), partial(net, Norm1), sync_bn=True),

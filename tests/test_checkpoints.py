@@ -626,6 +626,15 @@ def test_a_choice_is_used_up_by_the_fit(tmp_path):
     with pytest.raises(CheckpointError, match='no checkpoint is chosen'): toy().fit(3, ck, start=start)              # it trained fresh weights from there
 
 
+def test_a_choice_in_the_first_epoch_is_used_up_too(tmp_path):
+    stopped(tmp_path, 2)
+    learn, ck = toy(), Checkpoint(tmp_path, every=1)
+    start = ck.start(learn)
+    assert start == (0, 2)
+    learn.fit(3, ck, start=start)
+    with pytest.raises(CheckpointError, match='no checkpoint is chosen'): toy().fit(3, ck, start=start)
+
+
 def test_places_that_cannot_be_written_to(tmp_path):
     from exp.checkpoints import write_atomic
     (tmp_path/'file').touch()

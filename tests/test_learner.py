@@ -1,5 +1,6 @@
 """The Learner of 09b: beside a bare loop and Runner, under faults at every event, and looked at without a trace."""
 import csv
+import gc
 import hashlib
 import math
 import os
@@ -763,3 +764,144 @@ def test_show_results_shows_as_many_as_asked_for(monkeypatch):
     l = Learner(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), d, F.cross_entropy)
     for n in (8, 50): l.show_results(n)
     assert shown == [8, 10]
+
+
+# found by users' scripts
+
+@pytest.mark.parametrize('opt', [torch.optim.SGD, torch.optim.AdamW, sgd_opt, adam_opt()], ids=['SGD', 'AdamW', 'ours', 'our adam'])
+def test_groups_of_generators_train(opt):
+    split = lambda m: [{'params': m[0].parameters()}, {'params': m[2].parameters()}]
+    learn = learner(opt_func=opt, splitter=split)
+    before = weights(learn)
+    learn.fit(1)
+    assert not weights(learn).equal(before)
+    assert weights(learn).equal(weights(learner(opt_func=opt, splitter=lambda m: [list(m[0].parameters()), list(m[2].parameters())]).fit(1)))
+
+
+def test_what_the_optimizer_does_not_know_is_told_at_every_fit():
+    trained = lambda m: [[p for p in m.parameters() if p.requires_grad]]
+    learn = learner(splitter=trained)
+    learn.model[0].requires_grad_(False)
+    learn.fit(1)
+    learn.model[0].requires_grad_(True)
+    for fit in (learn.fit, learn.fit_one_cycle):
+        with pytest.raises(ValueError, match='0.weight.*reset_opt=True'): fit(1)
+    before = learn.model[0].weight.clone()
+    assert not learn.fit(1, reset_opt=True).model[0].weight.equal(before)
+    learn.model[2] = nn.Linear(20, 3)
+    with pytest.raises(ValueError, match='2.weight.*reset_opt=True'): learn.fit(1)
+    learn.model = net()
+    with pytest.raises(ValueError, match='leaves out 4 parameters'): learn.fit_one_cycle(1)
+
+
+def test_predictions_that_fail_leave_nothing_behind():
+    learn = learner(AvgStatsCallback(accuracy, silent=True), norm=True).fit(1)
+    plain, n = type(learn.model).forward, learn.n_iter
+    class Two(nn.Sequential):
+        def forward(self, x): o = super().forward(x); return o, o
+    learn.model.__class__ = Two
+    kept = []
+    for look in (learn.get_preds, lambda: learn.show_results(2)):
+        try: look()
+        except Exception as e: kept.append(e)                               # the traceback lives, and all that it holds
+        assert torch.is_grad_enabled() and len(learn.cbs) == 1 and learn.logger is print
+    assert len(kept) == 2
+    learn.model.__class__ = nn.Sequential
+    learn.fit(1)
+    now = weights(learn)
+    kept.clear(); gc.collect()
+    assert learn.n_iter == 2*n and weights(learn).equal(now) and plain
+
+
+@pytest.mark.parametrize('pack', [lambda x: {'x': x}, lambda x: (x, x)], ids=['dict', 'tuple'])
+def test_several_inputs_are_counted_by_items(pack):
+    torch.manual_seed(0)
+    class Takes(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(10, 3)
+        def forward(self, b): return self.l(b['x'] if isinstance(b, dict) else b[0])
+    batches = [(pack(X[:40]), Y[:40]), (pack(X[40:42]), Y[40:42])]
+    model = Takes()
+    learn = Learner(model, DataBunch(batches, batches), F.cross_entropy, torch.optim.SGD, lr=.5, cbs=[CudaCallback('cpu'), GradientAccumulation(2)])
+    assert learn.validate()['loss'] == pytest.approx(F.cross_entropy(model.l(X[:42]), Y[:42]).item(), abs=1e-6)
+    want = model.l.weight - .5*torch.autograd.grad(F.cross_entropy(model.l(X[:42]), Y[:42]), model.l.weight)[0]
+    learn.fit(1)
+    assert torch.allclose(model.l.weight, want, atol=1e-6)
+    learn.summary()
+
+
+def test_validate_on_a_loader_that_shuffles_and_drops_counts_each_item_once():
+    dl = get_dls(Dataset(X[:40], Y[:40]), Dataset(X[:40], Y[:40]), 32, drop_last=True)[0]
+    learn = learner()
+    assert learn.validate(dl)['loss'] == pytest.approx(F.cross_entropy(learn.model(X[:40]), Y[:40]).item(), abs=1e-6)
+    got = learn.validate(metrics=[lambda p, y: torch.tensor(1.), lambda p, y: torch.tensor(2.)])
+    assert list(got.values())[1:] == [1., 2.]
+
+
+class Every3(Callback):
+    _order, _fit_only = -20, True
+    def begin_validate(self, run):
+        if (run.epoch + 1) % 3: raise CancelEpochException
+
+
+def test_early_stopping_waits_for_validations():
+    def row(learn): return [r['epoch'] for r in learn.cb(AvgStatsCallback).rows][-1]
+    assert row(learner(AvgStatsCallback(silent=True), Every3(), EarlyStopping(patience=2), lr=0.).fit(20)) == 8        # 2 best, 5 and 8 no better
+    assert row(learner(AvgStatsCallback(silent=True), EarlyStopping(patience=2), lr=0.).fit(20)) == 2
+
+
+def test_less_is_better_where_the_name_says_so():
+    for name, bigger in dict(valid_loss=0, valid_mse=0, valid_mae=0, train_rmse=0, valid_error_rate=0, valid_perplexity=0, valid_mean_absolute_error=0,
+                             valid_accuracy=1, valid_f1=1, valid_topk=1, valid_dice=1, valid_measure=1).items():
+        assert SaveBest(name).sign == EarlyStopping(name).sign == (1 if bigger else -1), name
+    assert SaveBest('valid_mse', bigger=True).sign == 1
+
+
+def test_save_best_makes_its_folder_and_comes_last(tmp_path):
+    class Swaps(Callback):                                                   # as EMA does: other weights while it validates, put back later
+        _order = 13
+        def begin_validate(self, run): self.own = [p.detach().clone() for p in run.model.parameters()]
+        def back(self, run):
+            for p, o in zip(run.model.parameters(), self.own): p.data.copy_(o)
+        after_epoch = after_fit = back
+    class Stop(Callback):
+        def begin_batch(self, run):
+            if not run.in_train and run.epoch == 2: raise KeyboardInterrupt
+    best = SaveBest(path=tmp_path/'new/x.pt')
+    learn = learner(AvgStatsCallback(silent=True), best, Swaps())
+    with pytest.raises(KeyboardInterrupt): learn.fit(4, Stop())
+    assert all(v.equal(best.weights[k]) for k, v in learn.model.state_dict().items()) and (tmp_path/'new/x.pt').exists()
+
+
+def test_a_callback_that_is_there_is_not_added_again():
+    learn = learner(rec := Recorder())
+    learn.fit(1, rec)
+    assert len(rec.losses) == 4 and learn.cbs == [rec]
+
+
+def test_a_csv_with_a_comma_in_a_name_goes_on(tmp_path):
+    def m(pred, yb): return pred.mean()
+    m.__name__ = 'mean, of all'
+    for _ in range(2): learner(AvgStatsCallback(m, silent=True), CSVLogger(tmp_path/'h.csv')).fit(1)
+    rows = list(csv.reader(open(tmp_path/'h.csv')))
+    assert len(rows) == 3 and 'valid_mean, of all' in rows[0]
+
+
+def test_data_that_is_not_there_is_told():
+    d = toy()
+    learn = learner(data=DataBunch(d.train_dl, None)).fit(1)
+    for look in (learn.validate, learn.get_preds):
+        with pytest.raises(ValueError, match='no validation data'): look()
+    with pytest.raises(ValueError, match='no training data'): learner(data=DataBunch(None, d.valid_dl)).fit(1)
+
+
+def test_a_terminal_without_dashes(tmp_path):
+    code = '''
+        import sys; sys.path.insert(0, 'tests')
+        from test_learner import *
+        from exp.progress import ProgressCallback
+        learner(AvgStatsCallback(accuracy), Every3(), ProgressCallback(show=sys.argv[1], every=0.)).fit(3)
+    '''
+    for encoding in ('ascii', 'cp932'):
+        for show in ('lines', 'terminal'):
+            r = subprocess.run([sys.executable, '-c', textwrap.dedent(code), show], cwd=ROOT, capture_output=True, env={**os.environ, 'PYTHONIOENCODING': encoding}, timeout=120)
+            assert r.returncode == 0, r.stderr.decode()[-800:]

@@ -14,8 +14,8 @@ from torch import nn
 from exp.annealing import ParamScheduler, annealer, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
 from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import (AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
-                           CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls, get_hypers)
-from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, get_runner, init_cnn
+                           CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, get_dls, get_hypers)
+from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, get_runner, init_cnn, plot_hists, plot_stats
 
 
 def small_data(n=100, bs=32, seed=0):
@@ -263,3 +263,80 @@ def test_lists_load_as_tensors_do():
         assert sorted(v for xb, _ in train for v in xb.tolist()) == x and [len(xb) for xb, _ in train] == [2, 2, 1]
         assert all(y[x.index(a)] == b for xb, yb in train for a, b in zip(xb.tolist(), yb.tolist()))
         assert torch.cat([xb for xb, _ in valid]).tolist() == x and next(iter(valid))[1].dtype == torch.int64
+
+
+# found by users' scripts
+
+@pytest.mark.parametrize('pack', [lambda x: {'a': x, 'b': x}, lambda x: (x, x, x), lambda x: [x]], ids=['dict', 'tuple', 'list'])
+def test_a_batch_of_several_inputs_counts_its_items(pack):
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(42, 10, generator=g), torch.randint(0, 3, (42,), generator=g)
+    torch.manual_seed(0)
+    model = nn.Linear(10, 3)
+    class Takes(nn.Module):
+        def __init__(self): super().__init__(); self.l = model
+        def forward(self, b): return self.l(next(iter(b.values())) if isinstance(b, dict) else b[0])
+    batches = [(pack(x[:40]), y[:40]), (pack(x[40:]), y[40:])]
+    stats = AvgStatsCallback(accuracy, silent=True)
+    Runner(Takes(), DataBunch(batches, batches), F.cross_entropy, torch.optim.SGD(model.parameters(), lr=0.), [CudaCallback('cpu'), stats]).fit(1)
+    assert stats.rows[0]['valid_loss'] == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-6)
+    assert batch_len(pack(x)) == batch_len(pack(x), y) == 42 and batch_len(['a', 'b']) == 2
+
+
+def test_metrics_of_one_name_have_a_column_each():
+    def loss(pred, yb): return torch.tensor(123.)
+    stats = AvgStatsCallback(partial(accuracy), accuracy, loss, silent=True)
+    runner(stats).fit(1)
+    assert stats.names == ['loss', 'accuracy', 'accuracy_2', 'loss_2'] and list(stats.rows[0]) == stats.heads
+    assert stats.rows[0]['valid_loss_2'] == 123 and stats.rows[0]['valid_loss'] < 10 and len(stats.line(stats.rows[0]).split()) == len(stats.heads) + 1
+
+
+def test_the_last_batch_is_dropped_in_training_only():
+    x, y = torch.randn(40, 2), torch.arange(40)
+    train, valid = get_dls(Dataset(x, y), Dataset(x[:10], y[:10]), 16, drop_last=True)
+    assert len(train) == 2 and sum(len(yb) for _, yb in valid) == 10
+    with pytest.raises(ValueError, match='40 .*64'): get_dls(Dataset(x, y), Dataset(x, y), 64, drop_last=True)
+
+
+def test_a_diverged_loss_is_no_pass_that_did_not_happen():
+    said = []
+    def fit(data, lr, *metrics):
+        r = runner(AvgStatsCallback(*metrics), data=data, lr=lr); r.logger = said.append
+        r.fit(2); return said[-1]
+    assert 'nan' in fit(small_data(), 1e38, lambda p, y: p.mean()) and '–' not in said[-1]
+    data = small_data()
+    assert fit(DataBunch(data.train_dl, []), .1).count('–') == 1                       # without metrics too
+
+
+def test_a_loss_and_metrics_of_one_number_in_a_list():
+    stats = AvgStatsCallback(lambda p, y: (p.argmax(1) == y).float(), silent=True)
+    torch.manual_seed(0)
+    model, (x, y) = nn.Linear(10, 3), small_data().valid_ds[:]
+    batches = [(x[i:i+1], y[i:i+1]) for i in range(len(x))]
+    Runner(model, DataBunch(batches, batches), partial(F.cross_entropy, reduction='none'), torch.optim.SGD(model.parameters(), lr=0.), [stats]).fit(1)
+    assert stats.rows[0]['valid_loss'] == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-5)
+
+
+def test_a_class_in_place_of_a_callback_is_told():
+    with pytest.raises(TypeError, match=r'Recorder is a class: Recorder\(…\)'): runner(Recorder)
+    with pytest.raises(ValueError, match='nothing yet'): Recorder().plot('lr')
+
+
+def test_batch_norm_of_one_value_a_channel_is_refused_as_torchs():
+    for norm in (BatchNorm, nn.BatchNorm2d):
+        m = norm(3)
+        with pytest.raises(ValueError, match='more than 1 value per channel'): m(torch.randn(1, 3, 1, 1))
+        assert m.running_var.equal(torch.ones(3)) and m.eval()(torch.randn(1, 3, 1, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize('kw', [{}, dict(bins=80), dict(lo=-1., hi=1.), dict(lo=0., hi=4., bins=16)], ids=str)
+def test_the_share_near_zero_is_that_of_the_numbers(kw):
+    out = torch.cat([torch.full((300,), .01), torch.full((500,), .9)])
+    m = nn.Identity().train()
+    with Hook(m, partial(append_stats, **kw)) as h:
+        m(out)
+        fig = plot_stats([h])
+        assert fig.axes[2].lines[0].get_ydata()[0] == pytest.approx(3/8)
+        extent = plot_hists([h]).axes[0].images[0].get_extent()
+        assert tuple(extent[2:]) == (kw.get('lo', -2.), kw.get('hi', 8.))
+    with pytest.raises(ValueError, match='no batch'): plot_stats([Hook(m, append_stats)])

@@ -467,3 +467,38 @@ def test_what_is_said_where_16_bits_do_not_work(monkeypatch):
     learn = learner(MixedPrecision()); learn.logger = said.append
     learn.fit(1)
     assert any('its gradients come out wrong. Training in float32.' in l for l in said) and not any('all the same' in l for l in said)
+
+
+# found by users' scripts
+
+def test_outputs_keep_their_kind():
+    from collections import OrderedDict
+    class Output(OrderedDict):
+        @property
+        def logits(self): return self['logits']
+    class Named(nn.Module):
+        def __init__(self): super().__init__(); self.net = net()
+        def forward(self, x): return Output(logits=self.net(x))
+    def loss(out, yb): assert out.logits.dtype == torch.float32; return F.cross_entropy(out.logits, yb)
+    learn = Learner(Named(), toy(), loss, sgd_mom_opt, lr=.1, cbs=[MixedPrecision('bf16')])
+    learn.logger = lambda *args: None
+    learn.fit(1)
+
+
+def test_a_weight_of_two_layers_keeps_its_gradient():
+    "One layer sees 1 × 1 pixels, so that only its middle weight works; the other sees 8 × 8."
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 4)
+            self.b.weight = self.a.weight
+        def forward(self, x): return self.head(self.b(self.a(x).mean((2, 3), keepdim=True)).flatten(1))
+    grads = {}
+    class Keep(Callback):
+        def after_backward(self, run): grads[len(run.cbs)] = run.model.a.weight.grad.clone(); raise CancelFitException
+    for cbs in ([], [MixedPrecision('bf16')]): learner(*cbs, model=Shared()).fit(1, Keep())
+    want, got = grads.values()
+    border = torch.ones(3, 3, dtype=bool); border[1, 1] = False
+    want, got = want[..., border], got[..., border]
+    assert want.abs().min() > 0 and (got - want).norm() < .1*want.norm()

@@ -22,9 +22,9 @@ from exp.learner import Learner
 from exp.mixup import Mixer
 
 
-def run(*args, home, **kw):
-    return subprocess.run([sys.executable, '-m', 'exp.train_imagenette', *map(str, args)], cwd=ROOT, env=small_env(home), capture_output=True,
-                          text=True, timeout=300, **kw)
+def run(*args, home, **env):
+    return subprocess.run([sys.executable, '-m', 'exp.train_imagenette', *map(str, args)], cwd=ROOT, env={**small_env(home), **env}, capture_output=True,
+                          text=True, timeout=300)
 
 
 def folder(tmp_path, train=('a', 'b'), val=('a', 'b'), n=4):
@@ -252,6 +252,24 @@ def test_mixup_and_cutmix_take_turns():
     both, = mixers(mixup=.2, cutmix=1.)
     assert [(type(m).__name__, m.alpha) for m in both.mixers] == [('Mixup', .2), ('CutMix', 1.)] and len({id(m.gen) for m in (both, *both.mixers)}) == 1
     assert not weights(mixup=.2, cutmix=1.).equal(weights(mixup=.2)) and not weights(mixup=.2, cutmix=1.).equal(weights(cutmix=1.))
+
+
+def test_a_result_is_json_whatever_the_numbers():
+    assert json.loads(json.dumps(T._no_nan({'a': [1., math.nan, math.inf], 'b': -math.inf}), allow_nan=False)) == {'a': [1., None, None], 'b': None}
+
+
+def test_trains_where_the_terminal_knows_ascii_only(data_home, tmp_path):
+    r = run('--data', 'sample', '--recipe', 'lesson', '--width', .25, '--size', 24, '--epochs', 2, '--validate', 2, '--log-dir', tmp_path/'run', home=data_home, PYTHONIOENCODING='ascii')
+    assert r.returncode == 0 and 'accuracy 0.' in r.stdout, r.stderr
+
+
+def test_no_last_batch_of_one_where_the_size_is_free(tmp_path):
+    for s, n in (('train', 33), ('val', 8)):
+        for i in range(n):
+            (tmp_path/s/'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (32, 32), (8*i % 256, 0, 0)).save(tmp_path/s/'ab'[i % 2]/f'{i}.png')
+    c = {**T.settle(T.get_parser().parse_args(['--device', 'cpu', '--recipe', 'lesson', '--width', '.25', '--size', '64', '--epochs', '1', '--log-dir', str(tmp_path/'run')])), 'device': 'cpu'}
+    assert T.train_one(c, tmp_path, 'mine', tmp_path/'run')['bs'] == 15                # 33 = 2·16 + 1, and batch norm wants two values of a channel
 
 
 def test_resume_takes_the_newest_run_whatever_its_name(tmp_path, monkeypatch):
