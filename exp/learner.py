@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIT_ONLY', 'one_group', 'spread_lrs', 'CancelStepException', 'Learner', 'split_batch', 'left_out', 'get_learner',
-           'set_seed', 'fit_only', 'sum_over_processes', 'SumStats', 'some_data', 'in_order', 'GradientAccumulation',
-           'GradientClip', 'EarlyStopping', 'SaveBest', 'CSVLogger', 'TensorBoardCallback']
+           'set_seed', 'fit_only', 'sum_over_processes', 'SumStats', 'in_order', 'GradientAccumulation', 'GradientClip',
+           'EarlyStopping', 'SaveBest', 'CSVLogger', 'TensorBoardCallback']
 
 # %% ../nbs/09b_learner.ipynb #0878a1fc
 import csv, functools, itertools, os, random, re
@@ -417,13 +417,13 @@ def validate(self: Learner, dl=None, metrics=None):
     stats = AvgStats(metrics, False)
     with self.looking(_Collect(stats)):
         self('begin_fit')
-        self.one_pass(in_order(some_data(self.data.valid_dl if dl is None else dl)), False)
+        self.one_pass(in_order(_some_data(self.data.valid_dl if dl is None else dl)), False)
     if stats.totals is None: raise ValueError('there was no batch to validate on')
     totals, count = _summed(stats)
     return dict(zip(column_names(metrics), (totals/count).tolist()))
 
 # %% ../nbs/09b_learner.ipynb #500b52b6
-def some_data(dl):
+def _some_data(dl):
     if dl is None: raise ValueError('there is no validation data, and no other loader was given')
     return dl
 
@@ -458,7 +458,7 @@ def _predictions(self: Learner, batches, keep=lambda xb, pred, yb: pred):
 @patch
 def get_preds(self: Learner, dl=None, act=None):
     "`(preds, targets)` on the CPU, row i for item i of `dl` (default: validation), shuffled or not; targets None where there are none. `act`: say `partial(torch.softmax, dim=1)`."
-    dl = in_order(some_data(self.data.valid_dl if dl is None else dl))
+    dl = in_order(_some_data(self.data.valid_dl if dl is None else dl))
     parts = self._predictions(dl, lambda xb, pred, yb: (pred.cpu(), yb.cpu()))
     if not parts: raise ValueError('there was no batch to predict')
     preds, ys = (torch.cat(t) for t in zip(*parts))
