@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from .callbacks import DataBunch, Dataset
@@ -35,10 +35,11 @@ image_extensions = frozenset('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .t
 def get_files(path, extensions=None, recurse=False, include=None):
     """The files in `path` as a `PathList`, folder by folder and sorted by name, the same on every machine.
 
-    `extensions`: endings like '.jpg', any case (None: all). `recurse` goes into folders; `include` names those of the top level to go into.
-    Names that begin with a dot are left out. Raises `DataError` for a folder that cannot be read."""
-    exts = None if extensions is None else {e.lower() for e in ([extensions] if isinstance(extensions, str) else extensions)}
-    root, found, todo = os.path.expanduser(os.fspath(path)), [], ['']
+    `extensions`: endings like '.jpg', any case (None: all). `recurse` goes into folders; `include` names the one or those of the top level to go into.
+    Names that begin with a dot are left out. Raises `DataError` for a folder that cannot be read, or is to be included and not there."""
+    exts, wanted = (None if o is None else [os.fspath(o)] if isinstance(o, (str, os.PathLike)) else list(map(os.fspath, o)) for o in (extensions, include))
+    exts = exts and {e.lower() if e.startswith('.') else f'.{e.lower()}' for e in exts}
+    root, found, todo, tops = os.path.expanduser(os.fspath(path)), [], [''], set()
     while todo:
         here, names, folders = todo.pop(), [], []
         try: entries = os.scandir(os.path.join(root, here))
@@ -48,8 +49,11 @@ def get_files(path, extensions=None, recurse=False, include=None):
                 name = e.name
                 if name[0] == '.': continue
                 if _is_dir(e):
-                    if recurse and (here or include is None or name in include) and not _leads_back(e): folders.append(f'{here}{name}/')
+                    if not here: tops.add(name)
+                    if recurse and (here or wanted is None or name in wanted) and not _leads_back(e): folders.append(f'{here}{name}/')
                 elif exts is None or name[name.rfind('.'):].lower() in exts: names.append(name)
+        if not here and recurse and (lost := set(wanted or ()) - tops):
+            raise DataError(f'{root} has no folder {", ".join(sorted(lost))}; there is {", ".join(sorted(tops)[:20]) or "none"}')
         found += [here + n for n in sorted(names)]
         todo += sorted(folders, reverse=True)
     return PathList(root, found)
@@ -106,7 +110,9 @@ def _pick(items, idx):
 # %% ../nbs/08_data_block.ipynb #4d04a9fb
 class ListContainer:
     "A list that also takes a list of indices or a mask, and prints its length and its first ten."
-    def __init__(self, items): self.items = items if hasattr(items, '__getitem__') and not isinstance(items, (str, bytes, dict)) else list(items)
+    def __init__(self, items):
+        if hasattr(items, 'iloc') and hasattr(items, 'tolist'): items = items.tolist()          # a pandas Series: its [i] goes by label, not by place
+        self.items = items if hasattr(items, '__getitem__') and not isinstance(items, (str, bytes, dict)) else list(items)
     def __getitem__(self, idx): return _pick(self.items, idx)
     def __len__(self): return len(self.items)
     def __iter__(self): return (self[i] for i in range(len(self)))
@@ -171,8 +177,8 @@ def _one(self: ItemList, item, n=None):
 def _key(il, i):
     "A name for item `i` that does not change when the folder moves or other files come: its path below `il.path`, else its text."
     if isinstance(il.items, PathList) and il.items.root == il.path: return il.items.name(i)
-    o = il.items[i]
-    if not isinstance(o, Path): return str(o)
+    o, below = il.items[i], os.path.join(il.path, '')
+    if not isinstance(o, Path): return o[len(below):].replace(os.sep, '/') if isinstance(o, str) and o.startswith(below) else str(o)
     try: return o.relative_to(il.path).as_posix()
     except ValueError: return o.as_posix()
 
@@ -201,13 +207,30 @@ def fast_decoder():
     return simplejpeg if a.shape == b.shape and abs(a - b).mean() <= 2 else None
 
 # %% ../nbs/08_data_block.ipynb #95c1efdd
+_T = Image.Transpose
+_TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}
+
+def _turn(im):
+    "How to bring `im` upright, by its EXIF or XMP; None where it is, or where these cannot be read: that breaks no picture."
+    try: return _TURNS.get(im.getexif().get(0x0112))
+    except Exception: return None                                    # Pillow raises a dozen kinds
+
+def _upright(im):
+    turn = _turn(im)
+    if turn is None: return im
+    im = im.transpose(turn)
+    for k in ('exif', 'xmp', 'XML:com.adobe.xmp', 'Raw profile type exif'): im.info.pop(k, None)         # or the next reader turns it once more
+    return im
+
 def _open_fast(fn, draft, max_pixels):
-    "A grey or colour JPEG with no EXIF and nothing to draft, as a PIL image; None for all others, and for broken files: they are Pillow's."
+    "A grey or colour JPEG that lies upright with nothing to draft, as a PIL image; None for all others, and for broken files: they are Pillow's."
     if os.path.splitext(fn)[1].lower() not in ('.jpg', '.jpeg') or not (sj := fast_decoder()): return None
     try:
         data = Path(fn).read_bytes()
         h, w, space, _ = sj.decode_jpeg_header(data)
-        if b'Exif' in data[:2**16] or space not in ('Gray', 'YCbCr') or h*w > (max_pixels or Image.MAX_IMAGE_PIXELS or h*w) or draft and min(h, w) >= 2*draft: return None
+        if space not in ('Gray', 'YCbCr') or h*w > (max_pixels or Image.MAX_IMAGE_PIXELS or h*w) or draft and min(h, w) >= 2*draft: return None
+        with _pixel_limit(max_pixels), Image.open(io.BytesIO(data), formats=('JPEG',)) as im:             # its header only
+            if _turn(im) is not None: return None
         return Image.fromarray(sj.decode_jpeg(data, 'GRAY')[..., 0] if space == 'Gray' else sj.decode_jpeg(data, 'RGB'))
     except (ValueError, OSError): return None
 
@@ -222,7 +245,7 @@ def open_image(fn, draft=None, max_pixels=None, fast=False):
         with _pixel_limit(max_pixels), Image.open(fn) as im:
             if draft: im.draft(None, (draft, draft))
             im.load()
-            return im if im.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(im)
+            return _upright(im)
     except FileNotFoundError: raise DataError(f'{fn}: no such file') from None
     except Exception as e:                                           # Pillow raises a dozen kinds at broken files
         why = 'empty file' if os.path.isfile(fn) and not os.path.getsize(fn) else 'not a picture that Pillow knows' if 'cannot identify' in str(e) else e
@@ -252,15 +275,21 @@ def _draft(self: ImageList):
 
 # %% ../nbs/08_data_block.ipynb #16120f41
 def make_rgb(item):
-    "A PIL image of any kind as RGB: transparent parts become white, 16 bits become 8, grey gets three channels."
+    """A PIL image of any kind as RGB: transparent parts become white, 16 bits become 8, grey gets three channels.
+
+    The modes I and F do not say how far they reach. By its largest value a picture is taken for one of 16 bits (above 255; F: half as much again,
+    for sharpening goes a little over), an F up to 1.5 for one of 0–1, any other for one of 0–255; what lies outside is cut off, NaN is black."""
     if item.mode == 'RGB' and 'transparency' not in item.info: return item
+    if item.mode[0] in 'IF':                                         # 16 or 32 bits a pixel; convert('RGB') would clip at 255
+        raw, over = np.asarray(item), 1.5 if item.mode == 'F' else 1
+        top = float(raw[np.isfinite(raw)].max(initial=0))
+        a = np.nan_to_num(raw.astype(np.float64), nan=0, posinf=1e9, neginf=0)
+        a = a/256 if ';16' in item.mode or top > 255*over else a*255 if item.mode == 'F' and top <= over else a
+        a[raw == item.info.get('transparency')] = 255
+        return Image.fromarray(a.clip(0, 255).astype(np.uint8)).convert('RGB')
     if item.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in item.info:
         item = item.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', item.size, 'white'), item).convert('RGB')
-    if item.mode[0] in 'IF':                                         # 16 or 32 bits a pixel; convert('RGB') would clip at 255
-        a = np.asarray(item).astype(np.float64)
-        a = a/256 if ';16' in item.mode or a.max() > 255 else a*255 if item.mode == 'F' and a.max() <= 1 else a
-        item = Image.fromarray(a.clip(0, 255).astype(np.uint8))
     return item.convert('RGB')
 make_rgb._order = 0
 
@@ -294,8 +323,9 @@ to_byte_tensor._order = 20
 
 # %% ../nbs/08_data_block.ipynb #426561f7
 def to_float_tensor(item):
-    "uint8 0–255 to float32 0–1, any shape."
-    return item.float().div_(255.)
+    "uint8 0–255, or floats of that range, to float32 0–1, any shape. The item itself stays as it is."
+    x = item.float()
+    return x/255. if x is item else x.div_(255.)
 to_float_tensor._order = 30
 
 # %% ../nbs/08_data_block.ipynb #13b15819
@@ -368,14 +398,16 @@ class SplitData:
 
 # %% ../nbs/08_data_block.ipynb #1cea60f6
 def _draws(il, seed):
-    "A number in 0–1 for each item, from its name and `seed` alone."
-    h = (hashlib.blake2b(f'{seed}/{_key(il, i)}'.encode('utf-8', 'surrogateescape'), digest_size=8).digest() for i in range(len(il)))
+    "A number in 0–1 for each item, from its name and `seed` alone; what is no path, text or number has no name, and goes by its place."
+    named = isinstance(il.items, PathList)
+    def key(i): return _key(il, i) if named or isinstance(il.items[i], (str, Path, int, float, np.number)) else i
+    h = (hashlib.blake2b(f'{seed}/{key(i)}'.encode('utf-8', 'surrogateescape'), digest_size=8).digest() for i in range(len(il)))
     return np.array([int.from_bytes(b, 'big')/2**64 for b in h])
 
 # %% ../nbs/08_data_block.ipynb #4682cb20
 @patch(cls_method=True)
 def split_by_random(cls: SplitData, il, valid_pct=.2, seed=42):
-    """About `valid_pct` of the items for validation, each decided by its own name and `seed`, at least one on each side.
+    """About `valid_pct` of the items for validation, each decided by its own name (tensors, pictures: its place) and `seed`, at least one on each side.
 
     So the split is the same in every session, and a new file moves none of the old ones to the other side, unless that had been empty."""
     if not 0 < valid_pct < 1: raise ValueError(f'valid_pct is a share between 0 and 1, not {valid_pct}')
@@ -386,15 +418,26 @@ def split_by_random(cls: SplitData, il, valid_pct=.2, seed=42):
 
 # %% ../nbs/08_data_block.ipynb #dee5b3a6
 def read_table(table, key, value):
-    "Two columns of a csv file, or of a pandas DataFrame, as `{key: value}` of strings. Raises `DataError`, `ValueError` for a missing column."
+    """Two columns of a csv file, or of a pandas DataFrame, as `{key: value}` of strings; a missing value is ''.
+
+    Raises `DataError`, also where two rows of one key differ; `ValueError` for a missing column."""
     if hasattr(table, 'columns'): cols, rows = list(table.columns), table.to_dict('records')
     else:
         try:
             with open(table, newline='', encoding='utf-8-sig') as f: r = csv.DictReader(f); rows = list(r); cols = r.fieldnames or []
         except OSError as e: raise DataError(f'{table} cannot be read: {e.strerror}') from None
         except UnicodeDecodeError as e: raise DataError(f'{table} cannot be read: it is not UTF-8 ({e.reason} at byte {e.start:,})') from None
+        except csv.Error as e: raise DataError(f'{table} cannot be read: {e}') from None
     if missing := {key, value} - set(cols): raise ValueError(f'no column {", ".join(map(repr, sorted(missing)))}; there is {", ".join(map(str, cols))}')
-    return {str(r[key]): '' if r[value] is None or r[value] != r[value] else str(r[value]) for r in rows}      # NaN differs from itself
+    res = {}
+    for r in rows:
+        k, v = str(r[key]), '' if _missing(r[value]) else str(r[value])
+        if res.setdefault(k, v) != v: raise DataError(f'two rows for {k}: {res[k]!r} and {v!r}')
+    return res
+
+def _missing(v):
+    try: return v is None or bool(v != v)                            # NaN differs from itself
+    except TypeError: return True                                    # and of pandas' NA one cannot even ask that
 
 # %% ../nbs/08_data_block.ipynb #c84510c9
 def _lookup(table, fn):
@@ -410,7 +453,7 @@ def _lookup(table, fn):
 def split_by_names(cls: SplitData, il, names):
     "The files in `names` are for validation: paths below the folder, or just file names. Raises `DataError` for a name that is not there."
     table = {str(n): str(n) for n in names}
-    hit = [_lookup(table, o if isinstance(o, Path) else _key(il, i)) for i, o in enumerate(il.items)]
+    hit = [_lookup(table, o if isinstance(o, (str, Path)) else _key(il, i)) for i, o in enumerate(il.items)]
     if lost := set(table) - set(hit): raise DataError(f'{len(lost)} of {len(table)} names are no items: {", ".join(sorted(lost)[:5])}')
     return cls.split_by_mask(il, [h is not None for h in hit], ' by name')
 
@@ -419,7 +462,7 @@ def split_by_names(cls: SplitData, il, names):
 def split_by_csv(cls: SplitData, il, table, name_col='name', valid_col='is_valid'):
     "By a column of a csv file or DataFrame: true, 1, yes, valid or val is validation. A file with no row raises `DataError`."
     table = read_table(table, name_col, valid_col)
-    hit = [_lookup(table, o if isinstance(o, Path) else _key(il, i)) for i, o in enumerate(il.items)]
+    hit = [_lookup(table, o if isinstance(o, (str, Path)) else _key(il, i)) for i, o in enumerate(il.items)]
     if lost := [_key(il, i) for i, h in enumerate(hit) if h is None]: raise DataError(f'{len(lost)} of {len(il):,} items have no row in the table: {", ".join(lost[:5])}')
     return cls.split_by_mask(il, [h.strip().lower() in ('true', '1', '1.0', 'yes', 'valid', 'val', 'validation') for h in hit], f' by column {valid_col}')
 
@@ -452,20 +495,22 @@ class Processor:
     def deprocess(self, items): return [self.deproc1(o) for o in items]
 
 # %% ../nbs/08_data_block.ipynb #a9723f79
+def _plain(o): return o.tolist() if isinstance(o, (np.ndarray, np.generic, torch.Tensor)) else o           # arrays and tensors as lists and numbers
+
 class CategoryProcessor(Processor):
     "Labels to class indices. `vocab`, the sorted labels of the training set, unless given; a label outside it raises `DataError`."
     def __init__(self, vocab=None): self.set_vocab(vocab) if vocab is not None else None
     def set_vocab(self, vocab): self.vocab, self.fitted = list(vocab), True; self.otoi = {v: i for i, v in enumerate(self.vocab)}
-    def fit(self, items): self.set_vocab(sorted(set(items)))
+    def fit(self, items): self.set_vocab(sorted(set(map(_plain, items))))
     def proc1(self, item):
-        try: return self.otoi[item]
+        try: return self.otoi[_plain(item)]
         except KeyError: raise DataError(f'label {item!r} is none of the {len(self.vocab)} of the training set ({", ".join(map(str, self.vocab[:5]))}{", …" if len(self.vocab) > 5 else ""})') from None
     def deproc1(self, idx): return self.vocab[int(idx)]
 
 # %% ../nbs/08_data_block.ipynb #56a1f42d
 class MultiCategoryProcessor(CategoryProcessor):
     "Lists of labels to vectors of zeros and ones (C,), float32, and back to sorted lists."
-    def fit(self, items): self.set_vocab(sorted({l for ls in items for l in ls}))
+    def fit(self, items): self.set_vocab(sorted({_plain(l) for ls in items for l in ls}))
     def proc1(self, item):
         y = torch.zeros(len(self.vocab))
         for l in item: y[CategoryProcessor.proc1(self, l)] = 1.
@@ -482,6 +527,7 @@ class NumberProcessor(Processor):
         self.mean, self.std = t.mean(0), t.std(0, correction=0)
         if not (self.std > 0).all(): raise DataError('a column of the targets is constant: nothing to standardise, nothing to learn')
     def _num(self, item):
+        item = _plain(item)
         try: x = [float(o) for o in item] if isinstance(item, (list, tuple)) else float(item)
         except (TypeError, ValueError): raise DataError(f'target {item!r} is no number') from None
         if not np.isfinite(x).all(): raise DataError(f'target {item!r} is not finite')
@@ -516,10 +562,10 @@ def _through(p, items):
 class ProcessedItemList(ListContainer):
     "Items that went through `procs`, numbers and tensors as one tensor; `obj(i)` is item `i` as a person knows it."
     def __init__(self, items, procs=()):
-        self.procs = list(procs) if isinstance(procs, (list, tuple)) else [procs] if procs else []
+        self.procs, items = list(procs) if isinstance(procs, (list, tuple)) else [procs] if procs else [], ListContainer(items).items
         for p in self.procs: items = _through(p, items)
         if len(items) and torch.is_tensor(items[0]): items = torch.stack(list(items))
-        elif len(items) and all(isinstance(o, (int, float)) for o in items): items = torch.tensor(items)
+        elif len(items) and all(isinstance(o, (int, float, np.number, np.bool_)) for o in items): items = torch.tensor([_plain(o) for o in items])
         super().__init__(items)
     def __getitem__(self, idx):
         o = _pick(self.items, idx)
@@ -574,10 +620,12 @@ def pick(self: LabeledData, idx):
 
 # %% ../nbs/08_data_block.ipynb #d9e721f8
 def default_processor(labels):
-    "A processor by the look of the first labels: text, whole numbers → `CategoryProcessor`, lists of text → multi-label, fractions, lists of numbers → `NumberProcessor`."
-    some = [l for l in labels if l is not None and (not isinstance(l, (list, tuple, set)) or l)][:100]
+    """A processor by the look of the labels: text, whole numbers → `CategoryProcessor`, lists of text → multi-label, lists of numbers → `NumberProcessor`.
+
+    So are fractions, and whole numbers among fractions. Arrays and tensors count as lists, those of one number as that."""
+    some = [l for l in map(_plain, labels) if l is not None and (not isinstance(l, (list, tuple, set)) or l)]
     if some and isinstance(some[0], (list, tuple, set)): return MultiCategoryProcessor() if isinstance(next(iter(some[0])), str) else NumberProcessor()
-    return NumberProcessor() if some and all(isinstance(l, (float, np.floating)) for l in some) else CategoryProcessor()
+    return NumberProcessor() if any(isinstance(l, float) for l in some) and all(isinstance(l, (int, float)) for l in some) else CategoryProcessor()
 
 # %% ../nbs/08_data_block.ipynb #e494156f
 def label_by_func(sd, f, proc_x=None, proc_y=None):
@@ -665,12 +713,12 @@ def batch(self: ItemList, idxs, seed=None, on_error='raise'):
 # %% ../nbs/08_data_block.ipynb #6ae8505d
 class _Order:
     "Which items make up each batch: `(seed, indices)` pairs, shuffled anew each epoch from `seed` and `epoch` alone."
-    def __init__(self, n, bs, shuffle, seed): self.n, self.bs, self.shuffle, self.seed, self.epoch = n, bs, shuffle, seed, 0
-    def __len__(self): return -(-self.n//self.bs)
+    def __init__(self, n, bs, shuffle, seed, drop_last=False): self.n, self.bs, self.shuffle, self.seed, self.drop_last, self.epoch = n, bs, shuffle, seed, drop_last, 0
+    def __len__(self): return self.n//self.bs if self.drop_last else -(-self.n//self.bs)
     def batches(self):
         seed = _mix(self.seed, self.epoch)
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed)).numpy() if self.shuffle else np.arange(self.n)
-        return ((seed, order[i:i+self.bs]) for i in range(0, self.n, self.bs))
+        return ((seed, order[i:i+self.bs]) for i in range(0, len(self)*self.bs, self.bs))
     def __iter__(self):
         todo = self.batches()
         self.epoch += self.shuffle                                    # validation draws the same in every epoch
@@ -699,14 +747,17 @@ def _settle(worker):
 class ItemLoader(DataLoader):
     """A torch `DataLoader` of whole batches `(xb, yb)`, or `xb` for unlabelled items. The order is a function of `seed` and `epoch`.
 
+    `drop_last`: no last batch of fewer than `bs`; `DataError` where it would be the only one. Several passes may be under way at once.
     `on_error='skip'` leaves out files that cannot be read: `skipped` is `{file: why}`, also from worker processes, and each pass ends with a warning that lists the new ones."""
-    def __init__(self, source, bs, shuffle=False, seed=None, on_error='raise', num_workers=0, **kwargs):
+    _busy = False                                                    # are the workers that stay at work on a pass?
+    def __init__(self, source, bs, shuffle=False, seed=None, on_error='raise', num_workers=0, drop_last=False, **kwargs):
+        if drop_last and len(source) < bs: raise DataError(f'{len(source):,} items are less than a batch of {bs:,}, and drop_last leaves none')
         if bs < 1: raise ValueError(f'the batch size must be at least 1, not {bs}')
         if on_error not in ('raise', 'skip'): raise ValueError(f"on_error is 'raise' or 'skip', not {on_error!r}")
         seed = torch.randint(2**62, ()).item() if seed is None else seed
         if num_workers: kwargs = {'persistent_workers': True, 'worker_init_fn': _settle, **kwargs}
-        super().__init__(_Batches(source, on_error), batch_size=None, sampler=_Order(len(source), bs, shuffle, seed), collate_fn=_same,
-                         num_workers=num_workers, generator=torch.Generator(), **kwargs)
+        super().__init__(_Batches(source, on_error), batch_size=None, sampler=_Order(len(source), bs, shuffle, seed, drop_last), collate_fn=_same,
+                         num_workers=num_workers, generator=torch.Generator().manual_seed(seed % 2**63), **kwargs)
         self.bs, self.skipped = bs, {}
     @property
     def source(self): return self.dataset.source
@@ -715,14 +766,18 @@ class ItemLoader(DataLoader):
     @epoch.setter
     def epoch(self, n): self.sampler.epoch = n
     def __iter__(self):
-        new, batches = {}, super().__iter__()
-        while True:
-            try: xb, yb, bad = next(batches)
-            except StopIteration: break
-            except DataError as e: raise DataError(str(e).strip().splitlines()[-1].split('DataError: ')[-1]) from None     # torch prepends the worker's traceback
-            new |= {f: why for f, why in bad.items() if f not in self.skipped}
-            self.skipped |= bad
-            if len(xb): yield xb if yb is None else (xb, yb)
+        new, mine = {}, not self._busy
+        batches = super().__iter__() if mine else self._get_iterator()             # a second pass at once: with workers of its own
+        if mine: self._busy = True
+        try:
+            while (b := next(batches, None)) is not None:
+                xb, yb, bad = b
+                new |= {f: why for f, why in bad.items() if f not in self.skipped}
+                self.skipped |= bad
+                if len(xb): yield xb if yb is None else (xb, yb)
+        except DataError as e: raise DataError(re.split(r'^[\w.]*DataError: ', str(e), flags=re.M)[-1].strip()) from None         # torch prepends the worker's traceback
+        finally:
+            if mine: self._busy = False
         if new: warnings.warn(f'{len(new):,} of {len(self.dataset):,} pictures cannot be read and were skipped: ' + ', '.join(f'{f} ({w})' for f, w in list(new.items())[:5]) + (', …' if len(new) > 5 else ''), stacklevel=2)
 
 # %% ../nbs/08_data_block.ipynb #f2ae6541
@@ -820,11 +875,12 @@ def _proc(labeled):
     return labeled.y.procs[-1] if labeled.y.procs else None
 
 # %% ../nbs/08_data_block.ipynb #b1765584
-def databunchify(sd, bs, c_in=None, c_out=None, num_workers=None, in_memory=False, seed=None, on_error='raise', max_bytes=1e9, progress=None, valid_bs=None, **kwargs):
+def databunchify(sd, bs, c_in=None, c_out=None, num_workers=None, in_memory=False, seed=None, on_error='raise', max_bytes=1e9, progress=None, valid_bs=None, drop_last=False, **kwargs):
     """An `ItemBunch` of a labelled `SplitData`: batches of `bs` for training, shuffled by `seed`, of `valid_bs` (2·bs) for validation and test.
 
     `c_in`, `c_out`: from the data where not given. `num_workers` None: a process per core, at most 8. `in_memory` True: decode once and keep;
-    None: where both sets take at most `max_bytes` and nothing draws. `on_error` 'skip': leave bad files out, and list them (the test set always raises: its predictions go with its files). `kwargs`: torch's `DataLoader`."""
+    None: where both sets take at most `max_bytes` and nothing draws. `on_error` 'skip': leave bad files out, and list them (the test set always raises: its predictions go with its files). `drop_last`: no
+    training batch smaller than `bs`. `kwargs`: torch's `DataLoader`."""
     parts, proc, valid_bs = [sd.train, sd.valid], _proc(sd.train), valid_bs or 2*bs
     x1 = _first_picture(sd.train.x, on_error)
     n_out = len(proc.vocab) if hasattr(proc, 'vocab') else sd.train.y.items[:1].numel() if torch.is_tensor(sd.train.y.items) else None
@@ -840,8 +896,8 @@ def databunchify(sd, bs, c_in=None, c_out=None, num_workers=None, in_memory=Fals
     if why := nw and no_workers_because(sd.train, nw, need, kwargs.get('multiprocessing_context')):
         warnings.warn(f'loading goes on without worker processes: {why}', stacklevel=2)
         nw = 0
-    if not nw: kwargs = {k: v for k, v in kwargs.items() if k not in ('prefetch_factor', 'persistent_workers', 'multiprocessing_context')}       # torch wants none
-    train, valid = (ItemLoader(p, b, s, seed, on_error, nw, **kwargs) for p, b, s in zip(parts, (bs, valid_bs), (True, False)))
+    if not nw: kwargs = {k: v for k, v in kwargs.items() if k not in ('prefetch_factor', 'persistent_workers', 'multiprocessing_context', 'timeout')}       # torch wants none
+    train, valid = (ItemLoader(p, b, s, seed, on_error, nw, s and drop_last, **kwargs) for p, b, s in zip(parts, (bs, valid_bs), (True, False)))
     test = ItemLoader(sd.test, valid_bs, seed=seed, num_workers=nw, **kwargs) if sd.test is not None else None
     return ItemBunch(train, valid, (x1.shape[1] if x1.dim() > 3 else None) if c_in is None else c_in, n_out if c_out is None else c_out, sd, test, skipped)
 
@@ -945,8 +1001,10 @@ class NormalizeBytes:
 # %% ../nbs/08_data_block.ipynb #4f200b6c
 @patch(cls_method=True)
 def fit(cls: NormalizeBytes, ds, n=512):
-    "From about `n` pictures (`n` at least, where there are so many) spread over the training set `ds`, anything whose `[i][0]` is a tensor (C, H, W)."
+    """From about `n` pictures (`n` at least, where there are so many) spread over the training set `ds`, anything whose `[i][0]` is a tensor (C, H, W).
+
+    A channel that hardly varies counts as one that varies by one level of 255: there is nothing to divide by."""
     with same_draws():
         x = torch.stack([ds[i][0] for i in range(0, len(ds), max(1, len(ds)//n))])
     x = x if x.is_floating_point() else x.float()/255
-    return cls(x.mean((0, 2, 3)), x.std((0, 2, 3)))
+    return cls(x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp(min=1/255))

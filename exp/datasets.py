@@ -92,6 +92,7 @@ def unpack(archive, dest):
         os.replace(tops[0] if len(tops) == 1 and tops[0].is_dir() else tmp, dest)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise DataError(f'{archive}: not a whole archive ({e}); delete it and try again') from None
+    except RuntimeError as e: raise DataError(f'{archive}: cannot be unpacked here ({e})') from None          # a zip with a password, or packed in an unknown way
     except OSError as e: raise DataError(f'{archive}: could not be unpacked into {dest.parent}: {e.strerror or e}') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return dest
@@ -286,6 +287,13 @@ def _folder(path):
     if not os.access(path, os.W_OK): raise DataError(f'the folder {path} cannot be written to. $FASTAI_HOME names another place')
     return path
 
+def _of_this(dest, url):
+    "The folder `dest`. Raises `DataError` where its `.origin.json` names another address than `url`; one without is taken as it is."
+    try: had = json.loads((dest/'.origin.json').read_text(encoding='utf-8'))['url']
+    except (OSError, ValueError, KeyError, TypeError): return dest
+    if had == url: return dest
+    raise DataError(f'{dest} holds what came from {had}, and {url} has the same file name: move that folder away, or give another one: untar_data(url, base=…)')
+
 # %% ../nbs/01_datasets.ipynb #4c331803
 def untar_data(url, base=None, quiet=False, tries=4):
     """The folder of the data set at `url`, fetched and unpacked at first use. Raises `DataError` where it cannot be had.
@@ -295,9 +303,9 @@ def untar_data(url, base=None, quiet=False, tries=4):
     from filelock import FileLock                                # here: only a fetch needs it
     base, name = Path(base) if base else data_home(), data_name(url)
     dest = base/name
-    if dest.is_dir(): return dest
+    if dest.is_dir(): return _of_this(dest, url)
     with FileLock(str(_folder(base)/f'.{name}.lock')):
-        if dest.is_dir(): return dest                        # another process was quicker
+        if dest.is_dir(): return _of_this(dest, url)         # another process was quicker
         tmp = Path(tempfile.mkdtemp(prefix=f'.{name}.', dir=base))
         try:
             if url == URLs.SAMPLE: os.replace(make_sample(tmp/'sample'), dest); return dest

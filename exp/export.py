@@ -58,7 +58,7 @@ def read_notebook(path):
 
 # %% ../nbs/00_export.ipynb #37db083c
 def _compiles(path, n, source):
-    "Raise `ExportError` naming cell `n` unless `source` compiles; returns its syntax tree."
+    "Raise `ExportError` naming cell `n` (None: a whole module, whose imports may be relative) unless `source` compiles; returns its syntax tree."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -68,7 +68,7 @@ def _compiles(path, n, source):
         magic = '  (a %magic or !command cannot be exported)' if re.search(r'^\s*[%!]', source, re.M) else ''
         raise ExportError(path, f'{type(e).__name__}: {e.msg}{magic}', n, e.lineno) from None
     except (ValueError, RecursionError, MemoryError) as e: raise ExportError(path, f'{type(e).__name__}: {e}', n) from None
-    for o in ast.walk(tree):
+    for o in ast.walk(tree) if n else ():
         if isinstance(o, ast.ImportFrom) and o.level:
             raise ExportError(path, f"relative import: write 'from exp.{o.module or 'module'} import …'", n, o.lineno)
     return tree
@@ -148,7 +148,7 @@ def build(root, only=None):
     for f, text in out.items():
         if not only and _MADE in text and f.relative_to(lib).with_suffix('').as_posix().replace('/', '.') not in owner:
             raise ExportError(f, 'no notebook makes this module any more: delete it, or bring its notebook back')
-        _compiles(f, None, text.replace('from . import', 'from exp import').replace('from .', 'from exp.'))
+        _compiles(f, None, text)
     return out
 
 def _relative(f, path, name):

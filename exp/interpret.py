@@ -36,8 +36,8 @@ IMAGENETTE_NAMES = dict(
     n02096294='Australian terrier', n02099601='golden retriever', n02105641='Old English sheepdog', n02111889='Samoyed', n02115641='dingo')
 
 def readable(label):
-    "The words for a WordNet id of Imagenette or Imagewoof (n01440764 → tench); any other label as it is, as text; a list of labels joined by +."
-    if isinstance(label, (list, tuple)): return ' + '.join(map(readable, label)) or 'none'
+    "The words for a WordNet id of Imagenette or Imagewoof (n01440764 → tench); any other label as it is, as text; a list of labels joined by +, of values by commas."
+    if isinstance(label, (list, tuple)): return (', ' if any(isinstance(l, float) for l in label) else ' + ').join(map(readable, label)) or 'none'
     return IMAGENETTE_NAMES.get(label, str(label)) if isinstance(label, str) else str(label)
 
 # %% ../nbs/11a_interpret.ipynb #7ac2223b
@@ -95,11 +95,12 @@ def from_learner(cls: Interpretation, learn, dl=None):
 # %% ../nbs/11a_interpret.ipynb #789d2a4f
 @patch
 def classes(self: Interpretation):
-    "`(targets, predictions)` as class indices (N,). Raises `ValueError` where items are not each of exactly one class."
+    "`(targets, predictions)` as class indices (N,). Raises `ValueError` where items are not each of exactly one class, or scores are no numbers."
     t, p = self.targets, self.preds
     if p.dim() != 2 or p.shape[1] < 2 or t.dim() != 1 or t.is_floating_point():
         raise ValueError(f'this needs one class an item: scores (N, C) and class indices (N,), not {tuple(p.shape)} and {str(t.dtype)[6:]} {tuple(t.shape)}')
     if len(t) and not 0 <= t.min() <= t.max() < p.shape[1]: raise ValueError(f'targets go from {t.min()} to {t.max()}, and the model has {p.shape[1]} classes')
+    if bad := int((~p.amax(1).isfinite()).sum()): raise ValueError(f'{bad:,} of {len(p):,} rows of scores are not finite (NaN or infinite): they name no class')
     return t.long(), self.decoded
 
 @patch
@@ -530,17 +531,19 @@ def checked_device(name=None):
 def predict_all(a, done):
     "Run `exp-predict` with the parsed options `a`: a line for each file; `done` gets the records. The number of files that failed."
     device = checked_device(a.device)
-    if a.json: open(a.json, 'a').close()                                      # now, not after an hour of predicting
     learn = load_learner(a.model, device=device)
     files, lost = find_pictures(a.files)
+    if a.json: open(a.json, 'a').close()                                      # now, not after an hour of predicting
     for name, why in lost.items(): _complain(f'{name}: {why}')
     pad = max(map(len, map(_shown, files)), default=0) if sys.stdout.isatty() else 0          # columns for people, tabs for programs
-    for f, pred, why in predict_files(learn, files, a.bs):
-        if pred is None: lost[f] = why; _complain(f'{f}: {why}'); continue
-        top = ranked(learn, pred, a.top)
-        done.append({'file': f, 'top': [{'class': l, 'name': readable(l), 'probability': p} for l, p in top]})
-        _say('\t'.join([f'{_shown(f):<{pad}}', *(s for l, p in top for s in (_shown(readable(l)), *([] if p is None else [f'{p:.4f}'])))]), sys.stdout)
-    if a.json: write_atomic(a.json, lambda out: out.write(json.dumps({'model': a.model, 'predictions': done, 'failed': lost}, indent=1).encode()))
+    try:
+        for f, pred, why in predict_files(learn, files, a.bs):
+            if pred is None: lost[f] = why; _complain(f'{f}: {why}'); continue
+            top = ranked(learn, pred, a.top)
+            done.append({'file': f, 'top': [{'class': l, 'name': readable(l), 'probability': p} for l, p in top]})
+            _say('\t'.join([f'{_shown(f):<{pad}}', *(s for l, p in top for s in (_shown(readable(l)), *([] if p is None else [f'{p:.4f}'])))]), sys.stdout)
+    finally:                                                                  # also after Ctrl-C: what there is
+        if a.json: write_atomic(a.json, lambda out: out.write(json.dumps({'model': a.model, 'predictions': done, 'failed': lost}, indent=1).encode()))
     return len(lost)
 
 # %% ../nbs/11a_interpret.ipynb #811f0fbb

@@ -430,7 +430,7 @@ def _some_data(dl):
 def in_order(dl):
     "`dl`, or where it shuffles or drops the last batch a loader of the same batches' items in their own order, all of them."
     if isinstance(dl, ItemLoader):
-        return ItemLoader(dl.source, dl.bs, seed=0, on_error=dl.dataset.on_error) if getattr(dl.sampler, 'shuffle', False) else dl
+        return ItemLoader(dl.source, dl.bs, seed=0, on_error=dl.dataset.on_error) if getattr(dl.sampler, 'shuffle', False) or getattr(dl.sampler, 'drop_last', False) else dl
     if not isinstance(dl, torch.utils.data.DataLoader): return dl
     own = type(dl.batch_sampler) not in (torch.utils.data.BatchSampler, type(None))                     # then its sampler has no say
     if isinstance(dl.sampler, torch.utils.data.SequentialSampler) and not dl.drop_last and not own: return dl

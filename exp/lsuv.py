@@ -42,10 +42,11 @@ def _woven_(w, generator, distinct=8):
 def orthonormal_(w, groups=1, generator=None, qr_limit=3e6):
     """Fill the weight `w` (n_out, …) in place: in each group orthonormal rows (flattened), or columns where it has more rows.
 
-    A normal matrix's QR up to `qr_limit` multiplications; what is larger is woven of small ones. Source: Saxe et al. 2014."""
+    A normal matrix's QR up to `qr_limit` multiplications; what is larger is woven of small ones. Without a `generator`, one is seeded by
+    a draw from torch's. Source: Saxe et al. 2014."""
     if w.dim() < 2 or w.shape[0] % groups: raise ValueError(f'no weight of {groups} groups: its shape is {tuple(w.shape)}')
     if not w.numel(): return w
-    generator = generator or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
     dtype = torch.float64 if w.dtype == torch.float64 else torch.float32    # there is no QR of halves
     n, m = w.shape[0]//groups, w[0].numel()
     r, c = min(n, m), max(n, m)
@@ -89,7 +90,7 @@ def _factor(out, bias, target):
 
 # %% ../nbs/07a_lsuv.ipynb #4fddbad7
 class _AsFound:
-    "A context manager that puts back what forward passes change: modes, buffers, random states. `rewind()` does all but the modes."
+    "A context manager that puts back what forward passes change: modes, buffers, random states, a loader's `epoch`. `rewind()` does all but the modes."
     def __init__(self, model, loader=None):
         self.modes = [(m, m.training) for m in model.modules()]
         self.buffers = [(m, k, b, None if b is None else b.clone()) for m in model.modules() for k, b in m._buffers.items()]
@@ -98,6 +99,7 @@ class _AsFound:
         self.states = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()),
                        (torch.set_rng_state, torch.get_rng_state()), *((g.set_state, g.get_state()) for g in gens.values()),
                        *((lambda s, d=d: torch.cuda.set_rng_state(s, d), torch.cuda.get_rng_state(d)) for d in cuda)]
+        if isinstance(getattr(loader, 'epoch', None), int): self.states.append((lambda n: setattr(loader, 'epoch', n), loader.epoch))
         if any(p.device.type == 'mps' for p in model.parameters()): self.states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
 
     def __enter__(self): return self
@@ -289,10 +291,12 @@ def lsuv_init(model, xb, *, tol=.01, max_trials=10, orthonormal=True, train=None
 
     `xb`: a batch (tensor, or tuple `(inputs, targets)`), a list of batches, or a loader, of which `n_batches` are taken; the variance is
     over all of them. `orthonormal`: first make weights orthonormal and biases 0 (or a function to use for `orthonormal_`). `train`: the
-    mode to measure in (None: as found). All but weights and biases is left as found. Source: Mishkin & Matas 2016, algorithm 1."""
+    mode to measure in (None: as found). All but weights and biases is left as found; only without a `generator` torch's moves by the one
+    draw that seeds ours. Source: Mishkin & Matas 2016, algorithm 1."""
     if not tol > 0 or max_trials < 1: raise ValueError(f'tol must be above 0 and max_trials at least 1, not {tol} and {max_trials}')
     model = getattr(model, '_orig_mod', model)                  # what torch.compile wraps
     weights, report = _find_weights(model), LSUVReport()
+    if orthonormal: generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
     with _AsFound(model, xb) as found:
         if train is not None: model.train(train)
         batches = _batches(xb, n_batches, next((p.device for p in model.parameters()), None))
@@ -300,7 +304,6 @@ def lsuv_init(model, xb, *, tol=.01, max_trials=10, orthonormal=True, train=None
         for w in weights: w.before = w.now
         todo = [w for w in ran if not w.left]
         if orthonormal:
-            generator = generator or torch.Generator().manual_seed(torch.initial_seed() % 2**63)
             for w in todo: w.orthonormal(orthonormal_ if orthonormal is True else orthonormal, generator)
         if todo and (orthonormal or any(w.is_off(tol) for w in todo)):
             report.forwards += _trials(model, ran, todo, batches, found, tol, max_trials)

@@ -48,6 +48,10 @@ def draw_shares(n, alpha, gen):
 def _setting(loss_func, name, default=None):
     return getattr(loss_func, 'keywords', {}).get(name, getattr(loss_func, name, default))       # of a partial, or of an object
 
+def _by_weight(loss_func):
+    "Is its mean divided by the weights of the classes? Cross-entropy's is; others multiply by them and divide by the number of items."
+    return isinstance(loss_func, (nn.CrossEntropyLoss, nn.NLLLoss)) or getattr(loss_func, 'func', loss_func) in (F.cross_entropy, F.nll_loss)
+
 # %% ../nbs/10b_mixup.ipynb #c9c21848
 def _unreduced(loss_func):
     "`loss_func` with reduction 'none'; None where it knows no reduction."
@@ -63,15 +67,18 @@ def _unreduced(loss_func):
 def item_losses(loss_func, pred, yb):
     """`(sums, counts)`, each (N,): an item's part of a loss, and of what that is divided by; `sums.sum()/counts.sum()` is `loss_func(pred, yb)`.
 
-    A loss without a `reduction` (argument or attribute) is called on each item by itself: it must be a mean over items."""
-    f = _unreduced(loss_func)
-    if f is None: l = torch.stack([loss_func(pred[i:i+1], yb[i:i+1]) for i in range(len(pred))]); return l, torch.ones_like(l)
-    l = f(pred, yb)
+    A loss without a `reduction` (argument or attribute), or that does not follow it, is called on each item by itself: it must be a mean or sum over items."""
+    f, how, l = _unreduced(loss_func), _setting(loss_func, 'reduction', 'mean'), None
+    try: l = None if f is None else f(pred, yb)
+    except (ValueError, KeyError, NotImplementedError): pass            # it has the argument, and knows no 'none'; any other fault comes again below
+    each = torch.is_tensor(l) and l.dim() and len(l) == len(pred)
+    if not each: l = torch.stack([loss_func(pred[i:i+1], yb[i:i+1]) for i in range(len(pred))])
     counts = torch.ones_like(l)
-    if not yb.is_floating_point() and yb.shape == l.shape:              # class indices: torch's mean has weights, and leaves some out
-        keep, weight = yb != _setting(loss_func, 'ignore_index', -100), _setting(loss_func, 'weight')
+    if each and not yb.is_floating_point() and yb.shape == l.shape:     # class indices: torch's mean has weights, and leaves some out
+        keep, weight = yb != _setting(loss_func, 'ignore_index', -100), _setting(loss_func, 'weight') if _by_weight(loss_func) else None
         counts = keep.to(l.dtype) if weight is None else weight.to(l)[yb.where(keep, 0)]*keep
-    if _setting(loss_func, 'reduction', 'mean') == 'sum': counts = counts*0 + 1/l.numel()
+    if how == 'sum': counts = counts*0 + 1/l.numel()
+    if how == 'batchmean': counts = counts/l[0].numel()                 # KLDivLoss: the sum, divided by the number of items
     return l.flatten(1).sum(1) if l.dim() > 1 else l, counts.flatten(1).sum(1) if l.dim() > 1 else counts
 
 # %% ../nbs/10b_mixup.ipynb #f501b7ee

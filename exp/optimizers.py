@@ -213,10 +213,16 @@ sgd_mom_opt = partial(StatefulOptimizer, steppers=[weight_decay, momentum_step],
 
 # %% ../nbs/09_optimizers.ipynb #e2130676
 class AverageSqrGrad(Stat):
-    "Moving average of the squared gradients in `state['sqr_avg']`, its damp in `state['sqr_damp']`; `dampening`: True, damp is 1 − sqr_mom; False, it is 1."
+    """Moving average of the squared gradients in `state['sqr_avg']`, its damp in `state['sqr_damp']`; `dampening`: True, damp is 1 − sqr_mom; False, it is 1.
+
+    Raises `TypeError` for a complex parameter (the square of a complex number is no size) and for a sparse gradient."""
     _defaults = dict(sqr_mom=0.99)
     def __init__(self, dampening=True): self.dampening = dampening
-    def init_state(self, p): return {'sqr_avg': torch.zeros_like(p)}
+    def init_state(self, p):
+        if p.is_complex(): raise TypeError(f'no average of squares of a complex parameter (shape {tuple(p.shape)}): use momentum, or its real view')
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise TypeError(f'no average of squares of a sparse gradient (shape {tuple(p.shape)}): make the Embedding with sparse=False, or use sgd_opt')
+        return {'sqr_avg': torch.zeros_like(p)}
     def update(self, p, state, sqr_mom, **kwargs):
         damp = 1 - sqr_mom if self.dampening else 1.
         state['sqr_avg'].mul_(sqr_mom).addcmul_(p.grad, p.grad, value=damp)
@@ -436,7 +442,8 @@ def _copies(ps, states):
 
 # %% ../nbs/09_optimizers.ipynb #6d79aa40
 def _same(a, b, rtol):
-    def close(x, y): return torch.allclose(x, y, rtol, rtol*float(y.abs().max()) if y.numel() else 0., equal_nan=True) if torch.is_tensor(x) else x == y
+    def size(y): y = y[y.isfinite()]; return float(y.abs().max()) if y.numel() else 0.
+    def close(x, y): return torch.allclose(x, y, rtol, rtol*size(y), equal_nan=True) if torch.is_tensor(x) else x == y
     (ps, ss), (qs, ts) = a, b
     return all(close(p, q) and close(p.grad, q.grad) for p, q in zip(ps, qs)) and all(
         s.keys() == t.keys() and all(close(s[k], t[k]) for k in s) for s, t in zip(ss, ts))
@@ -447,9 +454,12 @@ def _tolerance(p): return 1e-10 if p.dtype is torch.float64 else 1e-4 if p.dtype
 # %% ../nbs/09_optimizers.ipynb #867106fd
 @patch
 def rehearse(self: Optimizer, ps, states, hypers):
-    "Try each stat and stepper both ways on copies of a few small tensors; what does not batch, or not to the same result, goes to `unbatched`."
+    """Try each stat and stepper both ways on copies of a few small tensors; what does not batch, or not to the same result, goes to `unbatched`.
+
+    False, and nothing is tried, where these or their gradients are not finite: all results would be alike."""
     few = sorted(ps, key=lambda p: p.numel())
     few = [p for d in {p.ndim for p in ps} for p in [q for q in few if q.ndim == d][:2]]
+    if not all(t.isfinite().all() for p in few for t in (p, p.grad)): return False
     where = {p: s for p, s in zip(ps, states)}
     now = _copies(few, [where[p] for p in few])
     with torch.random.fork_rng(devices=[ps[0].device] if ps[0].is_cuda else []):
@@ -462,6 +472,7 @@ def rehearse(self: Optimizer, ps, states, hypers):
                 _scatter(_call(o, TensorList(qs, log), _gather(ss, log), hypers), ss)
                 if not _same(batched, now, _tolerance(ps[0])): self.no_batch(o, 'gives another result for many tensors at once')
             except Exception as e: self.no_batch(o, e)
+    return True
 
 # %% ../nbs/09_optimizers.ipynb #d0079772
 @patch
@@ -491,11 +502,11 @@ def update(self: Optimizer, ps, hypers):
 @patch
 def update_batch(self: Optimizer, ps, states, hypers):
     kind = (ps[0].device, ps[0].dtype, frozenset(p.ndim for p in ps))
-    if kind not in self.rehearsed: self.rehearse(ps, states, hypers); self.rehearsed.add(kind)
-    log = []
+    if kind not in self.rehearsed and self.rehearse(ps, states, hypers): self.rehearsed.add(kind)
+    log, tried = [], kind in self.rehearsed
     p, state = TensorList(ps, log), _gather(states, log)
     for o in self.chain():
-        if not any(o is u for u in self.unbatched):
+        if tried and not any(o is u for u in self.unbatched):
             log.clear()
             try: state = _call(o, p, state, hypers); continue
             except Exception as e:
@@ -620,6 +631,7 @@ def update_compiled(self: Optimizer, ps, states, hypers):
         vec = torch.tensor(tape.nums, dtype=_wide(ps[0]), device=ps[0].device)
         if kind not in self.compiled:
             i = min(large, key=lambda i: (-ps[i].ndim, ps[i].numel()))      # of most axes: there a stepper that goes by rows gives itself away
+            if not (ps[i].isfinite().all() and ps[i].grad.isfinite().all()): return ps, states                # another time
             self.compiled[kind] = self.try_compile(ps[i], states[i], keys, numbers, hypers, vec, after)
     except Exception as e:
         self.compiled = None
@@ -719,6 +731,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.opt.step()
         return loss
 
+    def __reduce__(self): return type(self), (self.opt,)                 # a copy, or what is read from a file, has a copy of the optimizer inside
     def add_param_group(self, group):
         if self.opt is not None: raise ValueError('groups are fixed here: give them to the optimizer that this one wraps')
         super().add_param_group(group)

@@ -76,13 +76,13 @@ class SqueezeExcite(nn.Module):
 class ResBlock(nn.Module):
     """`act(branch(x) + shortcut(x))`: (N, n_in, H, W) to (N, nf·expansion, ⌈H/stride⌉, ⌈W/stride⌉).
 
-    `zero_gamma`: the branch's last norm starts with weight 0, and so the branch with output 0 (arXiv 1812.01187, section 3.1). `se`: a
-    `SqueezeExcite` at the branch's end. The rest: see `get_branch`, `get_shortcut`. Source: He et al. 2015 (arXiv 1512.03385)."""
+    `zero_gamma`: the branch's last norm, if it has a weight, starts with weight 0, and so the branch with output 0 (arXiv 1812.01187, section
+    3.1). `se`: a `SqueezeExcite` at the branch's end. The rest: see `get_branch`, `get_shortcut`. Source: He et al. 2015 (arXiv 1512.03385)."""
     def __init__(self, n_in, nf, stride=1, expansion=1, *, stride_3x3=True, pool_shortcut=True, zero_gamma=True,
                  se=False, groups=1, width_per_group=64, act=relu, norm=nn.BatchNorm2d):
         super().__init__()
         branch = get_branch(n_in, nf, stride, expansion, stride_3x3, groups, width_per_group, act, norm)
-        if zero_gamma: nn.init.zeros_(branch[-1].weight)
+        if zero_gamma and getattr(branch[-1], 'weight', None) is not None: nn.init.zeros_(branch[-1].weight)
         self.branch = nn.Sequential(*branch, *([SqueezeExcite(nf*expansion)] if se else []))
         self.shortcut, self.act = get_shortcut(n_in, nf*expansion, stride, pool_shortcut, norm), act()
     def forward(self, x): return self.act(self.branch(x) + self.shortcut(x))

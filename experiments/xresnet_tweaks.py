@@ -73,7 +73,7 @@ def run_arm(claim, arm, seed, lr, train, valid, epochs):
     norm = NormalizeBytes.fit(train)
     torch.manual_seed(seed)
     model = XResNet(c_out=10, width=WIDTH, **options).to(memory_format=torch.channels_last)
-    if lsuv: lsuv_init(model, norm(train.x[::max(1, len(train)//128)][:128]))
+    if lsuv: lsuv_init(model, norm(train.x[::max(1, len(train)//128)][:128]), generator=torch.Generator().manual_seed(seed))
     train_dl, _ = get_dls(train, valid, BS, seed=seed, drop_last=False)
     valid_dl = get_dls(valid, valid, 128)[1]
     st = AvgStatsCallback(accuracy, silent=True)

@@ -215,6 +215,14 @@ def test_a_good_zip(tmp_path):
     assert sorted(p.name for p in D.unpack(tmp_path/'g.zip', tmp_path/'out').iterdir()) == ['1', '2']
 
 
+def test_a_zip_with_a_password_is_one_sentence(tmp_path):
+    data = bytearray(zip_of('a/2'))
+    data[6] |= 1; data[data.find(b'PK\1\2') + 8] |= 1                          # the bit that says: encrypted, in both places
+    (tmp_path/'e.zip').write_bytes(data)
+    with pytest.raises(D.DataError, match=r'e.zip: cannot be unpacked here \(.*encrypted'): D.unpack(tmp_path/'e.zip', tmp_path/'out')
+    assert leftovers(tmp_path) == ['e.zip']
+
+
 def make_mirror(folder, data=GOOD, digest=None):
     folder.mkdir(exist_ok=True)
     (folder/'imagenette2-160.tgz').write_bytes(data)
@@ -271,6 +279,21 @@ def test_a_folder_of_ones_own_holds_all_of_it(tmp_path, monkeypatch, offline):
     finally: os.umask(umask)
     assert d == tmp_path/'a/b/imagenette2-160' and [p.name for p in (tmp_path/'a').iterdir()] == ['b']
     assert d.stat().st_mode & 0o777 == 0o755
+
+
+def test_another_address_with_the_same_file_name_is_refused(server, tmp_path):
+    for c in 'ab': server.files[f'{c}/train.tgz'] = tgz({f'train/{c}/1.JPEG': c.encode()})
+    a, b = (f'{server.url}/{c}/train.tgz' for c in 'ab')
+    got = D.untar_data(a, base=tmp_path, quiet=True)
+    assert (got/'a/1.JPEG').read_bytes() == b'a' and D.untar_data(a, base=tmp_path) == got
+    with pytest.raises(D.DataError) as e: D.untar_data(b, base=tmp_path)
+    assert all(s in str(e.value) for s in (a, b, str(got)))
+    assert (D.untar_data(b, base=tmp_path/'other', quiet=True)/'b/1.JPEG').read_bytes() == b'b'
+    for theirs in ('', '[]', '{"from": 1}'):                                          # put there by other hands: taken as it is
+        (got/'.origin.json').write_text(theirs)
+        assert D.untar_data(b, base=tmp_path) == got
+    (got/'.origin.json').unlink()
+    assert D.untar_data(b, base=tmp_path) == got
 
 
 def test_an_archive_with_several_tops_can_be_read_by_others(tmp_path):

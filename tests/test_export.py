@@ -149,6 +149,15 @@ def test_a_whole_module_may_be_imported(project):
     assert 'from . import a' in (project/'exp/b.py').read_text()
 
 
+def test_a_module_in_a_folder_imports_from_the_package(project):
+    write_nb(project/'nbs/00_beta.ipynb', '#default_exp beta', '#export\nx = 1')
+    write_nb(project/'nbs/01_gamma.ipynb', '#default_exp sub.gamma', '#export\nfrom exp import beta\nfrom exp.beta import x\ny = x + beta.x')
+    status, _, err = run_main(project)
+    assert status == 0, err
+    r = subprocess.run([sys.executable, '-c', 'from exp.sub.gamma import y; print(y)'], cwd=project, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(project)})
+    assert r.stdout == '2\n', r.stderr
+
+
 def test_a_full_disk_leaves_the_old_modules_whole(tmp_path, monkeypatch):
     ex.write_all(tmp_path, {'a.py': 'old a\n', 'b.py': 'old b\n'})
     calls = []

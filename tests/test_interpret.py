@@ -102,6 +102,17 @@ def test_confusion_and_what_follows_from_it():
     assert len(it.most_confused(0)) == (naive - np.diag(np.diag(naive)) > 0).sum(), 'a pair that was never confused is not confused'
 
 
+def test_scores_that_are_no_numbers_are_no_class():
+    "NaN rows used to be class 0, and perfectly calibrated. Minus infinity is a score: it says impossible."
+    preds, t = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+    bad = preds.clone(); bad[1, 2], bad[4], bad[5, 0] = float('nan'), float('-inf'), float('inf')
+    it = Interpretation(bad, t, losses=torch.zeros(6))
+    for ask in (it.confusion_matrix, it.calibration, it.per_class, it.most_confused):
+        with pytest.raises(ValueError, match='3 of 6 rows of scores'): ask()
+    preds[0, 1] = float('-inf')
+    assert Interpretation(preds, t, losses=torch.zeros(6)).confusion_matrix().sum() == 6
+
+
 def test_table_prints():
     it = Interpretation(torch.tensor([[2., 0, 0], [0, 2, 0]]), torch.tensor([0, 0]), vocab=['n01440764', 'b', 'c'])
     lines = repr(it.per_class()).splitlines()
@@ -583,6 +594,24 @@ def test_ctrl_c_and_a_reader_who_leaves(tmp_path, folder, model, data_home):
     p.stdout.readline(); p.stdout.close()
     err = p.stderr.read(); p.wait(60)
     assert p.returncode == 141 and not err, err
+
+
+def test_what_there_is_stays_after_ctrl_c(tmp_path, folder, model, capsys, monkeypatch):
+    "The json used to be an empty file after an interruption, and after a model that is not there."
+    calls, real = [], I.ranked
+    def ranked(*args):
+        if len(calls) == 3: raise KeyboardInterrupt
+        calls.append(1)
+        return real(*args)
+    monkeypatch.setattr(I, 'ranked', ranked)
+    status, out, err = run_main(capsys, model, folder/'val', tmp_path/'none.png', '--json', tmp_path/'r.json')
+    j = json.loads((tmp_path/'r.json').read_text())
+    assert status == 130 and [q['file'] for q in j['predictions']] == [l.split('\t')[0] for l in out.splitlines()] and len(j['predictions']) == 3
+    assert run_main(capsys, tmp_path/'nope.pt', folder/'val', '--json', tmp_path/'new.json')[0] == 2 and not (tmp_path/'new.json').exists()
+
+
+def test_several_values_are_no_sum():
+    assert readable([30.5, -2.]) == '30.5, -2.0' and readable(('wet', 'cat')) == 'wet + cat' and readable([]) == 'none'
 
 
 def test_it_does_not_know_the_command():

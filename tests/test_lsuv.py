@@ -135,8 +135,9 @@ def test_orthonormal_is_random_and_seeded():
         assert sample(limit, 0).equal(sample(limit, 0)) and not torch.allclose(sample(limit, 0), sample(limit, 1), atol=.1)
         mean = sum(sample(limit, s) for s in range(200))/200
         assert mean.abs().max() < .04 and abs(mean.std()*128**.5*200**.5 - 1) < .1      # entries of mean 0 and variance 1/128
-    torch.manual_seed(1); a = orthonormal_(torch.empty(8, 8)); torch.manual_seed(2); b = orthonormal_(torch.empty(8, 8))
-    assert not a.equal(b), 'the global seed should choose'
+    torch.manual_seed(1); a, b = (orthonormal_(torch.empty(8, 8)) for _ in range(2))
+    torch.manual_seed(1); again = orthonormal_(torch.empty(8, 8))
+    assert a.equal(again) and not torch.allclose(a, b, atol=.1), 'the global seed should choose, and each call draw anew'
     with pytest.raises(ValueError, match='groups'): orthonormal_(torch.empty(5, 5), groups=2)
 
 
@@ -360,22 +361,48 @@ def test_model_left_as_found(train):
     model[0].register_forward_hook(lambda *a: None)
     loader = DataLoader(TensorDataset(torch.randn(64, 3, 10, 10)), 16, shuffle=True, generator=gen(3))
     before, state = snapshot(model), loader.generator.get_state()
-    lsuv_init(model, loader, train=train)
+    lsuv_init(model, loader, train=train, generator=gen(1))
     assert snapshot(model) == before and loader.generator.get_state().equal(state)
     weights = copy.deepcopy(model.state_dict())
     model.append(Breaks())
     x, wrong = torch.randn(4, 3, 10, 10), torch.randn(4, 7, 10, 10)
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match='here'): lsuv_init(model, x, train=train)
+    with pytest.raises(RuntimeError, match='here'): lsuv_init(model, x, train=train, generator=gen(1))
     assert snapshot(model) == before and all(weights[k].equal(v) for k, v in model.state_dict().items()), 'an error in the first pass changed weights'
-    with pytest.raises(RuntimeError): lsuv_init(model, wrong, train=train)
+    with pytest.raises(RuntimeError): lsuv_init(model, wrong, train=train, generator=gen(1))
     assert snapshot(model) == before
+
+
+def test_each_call_draws_anew_and_the_seed_chooses():
+    "Nets of one shape used to get the same weights, all of them: the seed was read, and nothing drawn."
+    x = torch.randn(64, 10)
+    def made(): m = stack(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 3)); lsuv_init(m, x); return m[0].weight.detach()
+    torch.manual_seed(1); a, b = made(), made()
+    torch.manual_seed(1); again = made()
+    assert a.equal(again) and not torch.allclose(a, b, atol=.1)
+    net = stack(nn.Linear(10, 20), nn.Dropout(.5))
+    torch.manual_seed(2); torch.randint(2**62, ()); want = torch.get_rng_state()
+    torch.manual_seed(2); lsuv_init(net, x)
+    assert torch.get_rng_state().equal(want), 'one draw, however large the net'
+    lsuv_init(net, x, orthonormal=False)
+    assert torch.get_rng_state().equal(want), 'nothing to draw'
+
+
+def test_a_look_at_a_loader_uses_up_no_epoch():
+    class Loader(list):
+        epoch = 3
+        def __iter__(self): self.epoch += 1; return super().__iter__()
+    loader = Loader(batches(4))
+    lsuv_init(net(), loader)
+    assert loader.epoch == 3
+    with pytest.raises(RuntimeError, match='here'): lsuv_init(stack(net(), Breaks()), loader)
+    assert loader.epoch == 3
 
 
 def test_every_argument_matters():
     torch.manual_seed(0)
     base, x = net(norm=True), torch.randn(32, 3, 10, 10)
-    def result(**kw): m = copy.deepcopy(base); lsuv_init(m, x, **kw); return m.state_dict()['3.weight']
+    def result(**kw): m = copy.deepcopy(base); torch.manual_seed(5); lsuv_init(m, x, **kw); return m.state_dict()['3.weight']
     want = result()
     assert want.equal(result())
     for kw in (dict(orthonormal=False), dict(train=False), dict(generator=gen(9)), dict(orthonormal=lambda w, groups, generator: w.normal_(generator=generator))):

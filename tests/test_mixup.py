@@ -404,6 +404,42 @@ def test_a_callable_loss_with_a_reduction_is_taken_item_by_item():
         assert loss.reduction in ('sum', 'mean')
 
 
+class OuterMean(nn.Module):
+    "It has a reduction and does not follow it: the mean is taken inside."
+    def __init__(self, reduction='mean'): super().__init__(); self.reduction, self.ce = reduction, nn.CrossEntropyLoss(reduction=reduction)
+    def forward(self, pred, yb): return self.ce(pred, yb)
+
+
+def mean_or_sum(pred, yb, reduction='mean'):
+    l = F.cross_entropy(pred, yb, reduction='none')
+    return l.sum() if reduction == 'sum' else l.mean()
+
+
+def strict(pred, yb, reduction='mean'):
+    if reduction not in ('mean', 'sum'): raise ValueError(reduction)
+    return mean_or_sum(pred, yb, reduction)
+
+
+@pytest.mark.parametrize('loss', [OuterMean(), OuterMean('sum'), mean_or_sum, partial(mean_or_sum, reduction='sum'), strict], ids=str)
+def test_a_loss_that_does_not_unreduce_is_taken_item_by_item(loss):
+    "A scalar used to be spread over the batch: every item's share counted as the mean of all shares."
+    pred, yb, lam, perm = torch.randn(4, 4, generator=G), Y[:4], torch.tensor([.5, .6, .9, 1.]), torch.tensor([1, 2, 3, 0])
+    mix = MixLoss(loss); mix.set(lam, perm)
+    a, b = (F.cross_entropy(pred, y, reduction='none') for y in (yb, yb[perm]))
+    assert torch.allclose(mix(pred, yb), (lam*a + (1 - lam)*b).sum()/(1 if 'sum' in (getattr(loss, 'reduction', ''), *getattr(loss, 'keywords', {}).values()) else 4))
+    with pytest.raises((ValueError, IndexError, RuntimeError)): mix(pred, torch.full((4,), 9))          # a fault of its own is not hidden
+
+
+def test_losses_with_another_mean():
+    w = torch.tensor([.2, 1., 3., .5])
+    logp, p, yb = torch.randn(6, 4, generator=G).log_softmax(1), torch.rand(6, 4, generator=G).softmax(1), Y[:6]
+    def own(pred, yb, weight=w, reduction='mean'): l = F.cross_entropy(pred, yb, weight=weight, reduction='none'); return l.mean() if reduction == 'mean' else l
+    for loss, t in ((nn.KLDivLoss(reduction='batchmean'), p), (partial(F.kl_div, reduction='batchmean'), p), (nn.MultiMarginLoss(weight=w), yb),
+                    (partial(F.multi_margin_loss, weight=w), yb), (partial(own, weight=w), yb), (nn.NLLLoss(weight=w), yb), (partial(F.nll_loss, weight=w), yb), (partial(F.cross_entropy, weight=w), yb)):
+        sums, counts = item_losses(loss, logp, t)
+        assert sums.shape == counts.shape == (6,) and torch.allclose(sums.sum()/counts.sum(), loss(logp, t)), loss
+
+
 def test_to_show_a_mixture_changes_nothing():
     for mixer in (Mixup(seed=3), CutMix(seed=3), OneOf(Mixup(), CutMix(), seed=3)):
         before = mixer.gen.get_state()

@@ -690,3 +690,67 @@ def test_lr_find_takes_negative_losses_and_shows_a_curve_without_a_suggestion():
     f.lrs, f.losses = [10**-i for i in range(8)], [8. - i for i in range(8)]
     with pytest.raises(ValueError, match='too few'): print(f.suggestion)
     assert f.plot().get_title() == 'no rate to suggest'
+
+
+def weights_of(m): return torch.cat([p.detach().flatten() for p in m.parameters()])
+
+
+def loss_of(p): return (p - 1).abs().pow(2).sum()
+
+
+@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('opt_func', [adam_opt(), lamb], ids=['adam', 'lamb'])
+def test_complex_parameters_and_sparse_gradients_have_no_average_of_squares(opt_func, fast):
+    "The square of a complex gradient is no size: Adam took steps in wrong directions, without a word."
+    ps = [torch.tensor([1 + 1j, 2 - .5j], requires_grad=True), torch.tensor([.3j], requires_grad=True)]
+    sum(map(loss_of, ps)).backward()
+    with pytest.raises(TypeError, match='complex'): opt_func(ps, lr=.1, fast=fast).step()
+    e = torch.nn.Embedding(5, 3, sparse=True)
+    e(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(TypeError, match=r'sparse') as err: opt_func(e.parameters(), lr=.1, fast=fast).step()
+    assert len(str(err.value)) < 200
+
+
+def test_complex_parameters_with_momentum_are_torchs():
+    def run(opt_func):
+        ps = [torch.tensor([1 + 1j, 2 - .5j], requires_grad=True), torch.tensor([.3j], requires_grad=True)]
+        opt = opt_func(ps)
+        for _ in range(5): opt.zero_grad(); sum(map(loss_of, ps)).backward(); opt.step()
+        return torch.cat([p.detach() for p in ps])
+    assert torch.allclose(run(lambda ps: sgd_mom_opt(ps, lr=.05)), run(lambda ps: torch.optim.SGD(ps, .05, momentum=.9)))
+
+
+def test_a_torch_optimizer_can_be_copied_and_pickled():
+    torch.manual_seed(0); m = nn.Linear(3, 2); opt = TorchOptimizer(adam_opt()(m.named_parameters(), lr=.01))
+    sched = torch.optim.lr_scheduler.ExponentialLR(opt, .5)
+    def step(m, opt): opt.zero_grad(); sum(p.pow(2).sum() for p in m.parameters()).backward(); opt.step(); return weights_of(m)
+    step(m, opt); sched.step()
+    m2, opt2 = copy.deepcopy((m, opt))
+    assert opt2.param_groups[0]['lr'] == .005 and opt2.param_groups[0] is opt2.opt.hypers[0] and opt2.state is opt2.opt.state
+    before = weights_of(m)
+    stepped = step(m2, opt2)
+    assert weights_of(m).equal(before) and not stepped.equal(before) and step(m, opt).equal(stepped)
+    torch.save((m, opt), f := io.BytesIO()); f.seek(0)
+    assert step(*torch.load(f, weights_only=False)).equal(step(m, opt))
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('fast', [True, 'compile'])
+def test_a_first_gradient_that_is_not_finite_makes_nothing_slow(fast, value):
+    "There is nothing to compare by: the rehearsal waits for one that is."
+    def run(fast, f=None):
+        g, ps = torch.Generator().manual_seed(0), [torch.ones(n, 40) for n in (3, 4)]
+        opt = adam_opt()(ps, lr=.1, fast=fast) if f is None else Optimizer(ps, [f], lr=.1, fast=fast)
+        for i in range(4):
+            for p in ps: p.grad = torch.randn(p.shape, generator=g)
+            if i < 2: ps[0].grad[0, 0] = value
+            opt.step()
+            if i < 2: ps[0].fill_(1.)                                                    # as after a look that went too far
+        return ps, opt
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        (a, opt), (b, _) = run(fast), run(False)
+    assert all(torch.allclose(p, q, atol=1e-6, equal_nan=True) for p, q in zip(a, b)) and not opt.unbatched
+    assert fast != 'compile' or opt.compiled
+    def odd(p, lr, **kwargs): p.sub_(p.grad, alpha=lr if torch.is_tensor(p) else 2*lr)
+    with pytest.warns(UserWarning, match='another result'): assert run(True, odd)[1].unbatched

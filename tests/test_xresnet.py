@@ -152,6 +152,14 @@ def test_whole_net_starts_as_its_shortcuts():
     assert torch.allclose(net.head(y), net(x), atol=1e-6)
 
 
+@pytest.mark.parametrize('norm', [nn.InstanceNorm2d, nn.Identity, partial(nn.BatchNorm2d, affine=False), lambda n: nn.BatchNorm2d(n)], ids=['instance', 'none', 'no weight', 'weight'])
+def test_a_norm_without_a_weight_has_no_gamma_to_be_zero(norm):
+    torch.manual_seed(0); net = XResNet((1, 1), 1, 3, 5, stem=(8,), channels=(8, 16), norm=norm)
+    torch.manual_seed(0); plain = XResNet((1, 1), 1, 3, 5, stem=(8,), channels=(8, 16), norm=norm, zero_gamma=False)
+    x = torch.randn(2, 3, 32, 32)
+    assert net(x).equal(plain(x)) == (getattr(norm(4), 'weight', None) is None)
+
+
 def test_mish():
     x = torch.linspace(-20, 20, 401, dtype=torch.float64)
     want = np.array([v*math.tanh(math.log1p(math.exp(v))) for v in x.tolist()])
