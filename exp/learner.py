@@ -409,19 +409,6 @@ def metrics(self: Learner):
     "The metrics of the learner's `AvgStatsCallback`, if it has one."
     return next((cb.stats[False].metrics for cb in self.cbs if isinstance(cb, AvgStatsCallback)), [])
 
-# %% ../nbs/09b_learner.ipynb #d8f4c78f
-@patch
-def validate(self: Learner, dl=None, metrics=None):
-    "Loss and metrics on `dl` (default: the validation set) as a dictionary, each item counted once. Nothing is changed."
-    metrics = self.metrics() if metrics is None else listify(metrics)
-    stats = AvgStats(metrics, False)
-    with self.looking(_Collect(stats)):
-        self('begin_fit')
-        self.one_pass(in_order(_some_data(self.data.valid_dl if dl is None else dl)), False)
-    if stats.totals is None: raise ValueError('there was no batch to validate on')
-    totals, count = _summed(stats)
-    return dict(zip(column_names(metrics), (totals/count).tolist()))
-
 # %% ../nbs/09b_learner.ipynb #500b52b6
 def _some_data(dl):
     if dl is None: raise ValueError('there is no validation data, and no other loader was given')
@@ -437,6 +424,19 @@ def in_order(dl):
     some = isinstance(dl.sampler, torch.utils.data.SubsetRandomSampler) and not own
     ds = torch.utils.data.Subset(dl.dataset, sorted(dl.sampler.indices)) if some else dl.dataset
     return torch.utils.data.DataLoader(ds, getattr(dl.batch_sampler, 'batch_size', 64) if own else dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+
+# %% ../nbs/09b_learner.ipynb #d8f4c78f
+@patch
+def validate(self: Learner, dl=None, metrics=None):
+    "Loss and metrics on `dl` (default: the validation set) as a dictionary, each item counted once. Nothing is changed."
+    metrics = self.metrics() if metrics is None else listify(metrics)
+    stats = AvgStats(metrics, False)
+    with self.looking(_Collect(stats)):
+        self('begin_fit')
+        self.one_pass(in_order(_some_data(self.data.valid_dl if dl is None else dl)), False)
+    if stats.totals is None: raise ValueError('there was no batch to validate on')
+    totals, count = _summed(stats)
+    return dict(zip(column_names(metrics), (totals/count).tolist()))
 
 # %% ../nbs/09b_learner.ipynb #fa1574f6
 @patch
