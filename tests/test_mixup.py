@@ -420,7 +420,7 @@ def strict(pred, yb, reduction='mean'):
     return mean_or_sum(pred, yb, reduction)
 
 
-@pytest.mark.parametrize('loss', [OuterMean(), OuterMean('sum'), mean_or_sum, partial(mean_or_sum, reduction='sum'), strict], ids=str)
+@pytest.mark.parametrize('loss', [OuterMean(), OuterMean('sum'), mean_or_sum, partial(mean_or_sum, reduction='sum'), strict], ids=['module', 'module, sum', 'function', 'function, sum', 'strict'])
 def test_a_loss_that_does_not_unreduce_is_taken_item_by_item(loss):
     "A scalar used to be spread over the batch: every item's share counted as the mean of all shares."
     pred, yb, lam, perm = torch.randn(4, 4, generator=G), Y[:4], torch.tensor([.5, .6, .9, 1.]), torch.tensor([1, 2, 3, 0])
