@@ -31,7 +31,9 @@ class Dataset:
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i], self.y[i]
     def is_tensors(self): return torch.is_tensor(self.x) and torch.is_tensor(self.y)
-    def __getitems__(self, idxs): return _Rows(*self[idxs]) if self.is_tensors() else [self[i] for i in idxs]      # a whole batch at once
+    def __getitems__(self, idxs):                                               # a whole batch at once
+        idxs = [int(i) for i in idxs]                                           # tensors in a list would be taken for x[i, j]
+        return _Rows(*self[idxs]) if self.is_tensors() else [self[i] for i in idxs]
 
 # %% ../nbs/04_callbacks.ipynb #e0e36898
 class _Rows:

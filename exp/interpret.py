@@ -85,7 +85,7 @@ def from_learner(cls: Interpretation, learn, dl=None):
     "The predictions of `learn` on `dl` (default: the validation set), each item once, row i for item i, shuffled or not. Nothing is changed."
     which = learn.data.valid_dl if dl is None else dl
     if which is None: raise ValueError('this learner has no validation set: give from_learner(learn, dl) a loader with targets')
-    dl = in_order(which)
+    with learn.untouched(weights=False): dl = in_order(which)
     preds, targets = learn.get_preds(dl)
     if targets is None: raise ValueError('these items have no targets, so there is nothing to be wrong about: learn.get_preds(dl) gives the predictions')
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))          # where the loss may have tensors of its own

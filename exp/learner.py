@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.utils.data as U
 from fastcore.basics import patch
 from PIL import Image
 from torch import nn
@@ -417,13 +418,15 @@ def _some_data(dl):
 def in_order(dl):
     "`dl`, or where it shuffles or drops the last batch a loader of the same batches' items in their own order, all of them."
     if isinstance(dl, ItemLoader):
-        return ItemLoader(dl.source, dl.bs, seed=0, on_error=dl.dataset.on_error) if getattr(dl.sampler, 'shuffle', False) or getattr(dl.sampler, 'drop_last', False) else dl
-    if not isinstance(dl, torch.utils.data.DataLoader): return dl
-    own = type(dl.batch_sampler) not in (torch.utils.data.BatchSampler, type(None))                     # then its sampler has no say
-    if isinstance(dl.sampler, torch.utils.data.SequentialSampler) and not dl.drop_last and not own: return dl
-    some = isinstance(dl.sampler, torch.utils.data.SubsetRandomSampler) and not own
-    ds = torch.utils.data.Subset(dl.dataset, sorted(dl.sampler.indices)) if some else dl.dataset
-    return torch.utils.data.DataLoader(ds, getattr(dl.batch_sampler, 'batch_size', 64) if own else dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+        return ItemLoader(dl.source, dl.bs, seed=0, on_error=dl.dataset.on_error, num_workers=dl.num_workers) if getattr(dl.sampler, 'shuffle', False) or getattr(dl.sampler, 'drop_last', False) else dl
+    if not isinstance(dl, U.DataLoader): return dl
+    bs, s, ds = dl.batch_sampler, dl.sampler, dl.dataset
+    if bs is not None: s = bs.sampler if type(bs) is U.BatchSampler else bs                             # who has the say
+    if isinstance(s, U.SequentialSampler) and not getattr(bs, 'drop_last', False): return dl
+    if not isinstance(ds, U.IterableDataset) and not isinstance(s, (U.SequentialSampler, U.RandomSampler, U.WeightedRandomSampler)):
+        idxs = s.indices if isinstance(s, U.SubsetRandomSampler) else [i for b in s for i in (b if bs is s else [b])]
+        ds = U.Subset(ds, sorted({int(i) for i in idxs}))                                               # a part of the data: its items only
+    return U.DataLoader(ds, getattr(bs, 'batch_size', 64) if bs is not None else dl.batch_size, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
 
 # %% ../nbs/09b_learner.ipynb #d8f4c78f
 @patch
@@ -458,7 +461,7 @@ def _predictions(self: Learner, batches, keep=lambda xb, pred, yb: pred):
 @patch
 def get_preds(self: Learner, dl=None, act=None):
     "`(preds, targets)` on the CPU, row i for item i of `dl` (default: validation), shuffled or not; targets None where there are none. `act`: say `partial(torch.softmax, dim=1)`."
-    dl = in_order(_some_data(self.data.valid_dl if dl is None else dl))
+    with self.untouched(weights=False): dl = in_order(_some_data(self.data.valid_dl if dl is None else dl))     # a sampler may have to be asked
     parts = self._predictions(dl, lambda xb, pred, yb: (pred.cpu(), yb.cpu()))
     if not parts: raise ValueError('there was no batch to predict')
     preds, ys = (torch.cat(t) for t in zip(*parts))
@@ -590,7 +593,10 @@ class SaveBest(_Watch):
     def begin_fit(self, run):
         super().begin_fit(run); self.weights = None
         if self.path: Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        run.add_cbs(_PutBack(self))
+        self.last = _PutBack(self)
+        if hasattr(run, 'add_cbs'): run.add_cbs(self.last)
+    def after_fit(self, run):
+        if not hasattr(run, 'add_cbs'): self.last.after_fit(run)                        # a Runner
     def after_epoch(self, run):
         if not self.improved(run): return
         self.weights = {k: v.detach().clone() for k, v in run.model.state_dict().items()}
@@ -616,8 +622,12 @@ class CSVLogger(Callback):
         if heads is None: raise ValueError('CSVLogger writes the table of AvgStatsCallback: add one')
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists(): return
-        with open(self.path, newline='', encoding='utf-8') as f: old = next(csv.reader(f), heads)
+        with open(self.path, newline='', encoding='utf-8') as f: old, *rows = [*csv.reader(f)] or [heads]
         if old != heads: raise ValueError(f'{self.path} has the columns {",".join(old)} and this fit has {",".join(heads)}: give it another file')
+        n, (epoch, batch) = len(rows), getattr(run, 'start', (0, 0))
+        while n and (epoch or batch) and int(rows[n-1][0]) >= epoch and (n == len(rows) or int(rows[n-1][0]) < int(rows[n][0])): n -= 1
+        if n < len(rows):                                               # epochs that will be trained once more
+            with open(self.path, 'w', newline='', encoding='utf-8') as f: csv.writer(f).writerows([old, *rows[:n]])
     def after_epoch(self, run):
         row = _last_row(run)
         new = not self.path.exists() or not self.path.stat().st_size

@@ -48,6 +48,14 @@ def draw_shares(n, alpha, gen):
 def _setting(loss_func, name, default=None):
     return getattr(loss_func, 'keywords', {}).get(name, getattr(loss_func, name, default))       # of a partial, or of an object
 
+def _ignored(loss_func, default=None):
+    "The label that `loss_func` leaves out, by attribute, keyword or the default of an argument; else `default`."
+    v, f = _setting(loss_func, 'ignore_index', default), getattr(loss_func, 'func', loss_func)
+    if v is not None or isinstance(f, nn.Module): return v
+    try: p = inspect.signature(f).parameters.get('ignore_index')
+    except (TypeError, ValueError): return None
+    return p.default if p is not None and isinstance(p.default, int) else None
+
 def _by_weight(loss_func):
     "Is its mean divided by the weights of the classes? Cross-entropy's is; others multiply by them and divide by the number of items."
     return isinstance(loss_func, (nn.CrossEntropyLoss, nn.NLLLoss)) or getattr(loss_func, 'func', loss_func) in (F.cross_entropy, F.nll_loss)
@@ -72,10 +80,14 @@ def item_losses(loss_func, pred, yb):
     try: l = None if f is None else f(pred, yb)
     except (ValueError, KeyError, NotImplementedError): pass            # it has the argument, and knows no 'none'; any other fault comes again below
     each = torch.is_tensor(l) and l.dim() and len(l) == len(pred)
-    if not each: l = torch.stack([loss_func(pred[i:i+1], yb[i:i+1]) for i in range(len(pred))])
+    if not each:
+        l = torch.stack([loss_func(pred[i:i+1], yb[i:i+1]) for i in range(len(pred))])
+        if l.isnan().any() and pred.isfinite().all():
+            raise ValueError("the loss of an item by itself is NaN (an ignored label?): a loss with a reduction is wanted, which can be 'none'")
     counts = torch.ones_like(l)
     if each and not yb.is_floating_point() and yb.shape == l.shape:     # class indices: torch's mean has weights, and leaves some out
-        keep, weight = yb != _setting(loss_func, 'ignore_index', -100), _setting(loss_func, 'weight') if _by_weight(loss_func) else None
+        ignored, weight = _ignored(loss_func, -100 if pred.dim() > yb.dim() else None), _setting(loss_func, 'weight') if _by_weight(loss_func) else None
+        keep = torch.ones_like(yb, dtype=torch.bool) if ignored is None else yb != ignored
         counts = keep.to(l.dtype) if weight is None else weight.to(l)[yb.where(keep, 0)]*keep
     if how == 'sum': counts = counts*0 + 1/l.numel()
     if how == 'batchmean': counts = counts/l[0].numel()                 # KLDivLoss: the sum, divided by the number of items

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NFS', 'ARCHS', 'ranger', 'OPTS', 'LRS', 'SCHEDS', 'TFMS', 'RECIPES', 'OTHERS', 'get_items', 'lesson', 'radam_step',
            'SlowWeights', 'lookahead_step', 'get_tfms', 'EMA', 'ValidateEvery', 'get_recipe', 'get_training',
-           'get_parser', 'find_data', 'settle', 'settings_line', 'result_line', 'summarise', 'get_cbs', 'train_one',
-           'from_first', 'train', 'main']
+           'get_parser', 'find_data', 'settle', 'settings_line', 'result_line', 'summarise', 'get_cbs', 'free_bs',
+           'train_one', 'from_first', 'train', 'main']
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00003
 import argparse, json, math, os, platform, statistics, sys, time
@@ -278,11 +278,13 @@ def settle(a):
 # %% ../nbs/11b_train_imagenette.ipynb #bcfe8ff0
 def _begun_with(file):
     "The settings in the config.json of a run; what an older `exp-train` did not know is as the run's recipe has it."
-    old = json.loads(file.read_text())
+    try: old = json.loads(file.read_text())
+    except ValueError as e: raise DataError(f'{file}: cannot be read ({e})') from None
     return {**RECIPES.get(old.get('recipe'), {}), **old}
 def _same_settings(given, old, file):
     for k, v in given.items():
         v = list(v) if isinstance(v, tuple) else v
+        if k == 'data' and old.get(k) and Path(v).resolve() == Path(old[k]).resolve(): continue        # the same folder by another name
         if old.get(k) != v: raise DataError(f'{file.parent} was begun with {k} {old.get(k)}, and {v} is asked for: a run goes on as it began')
     return old
 
@@ -317,6 +319,10 @@ def get_cbs(c, folder, stats, tensorboard=False):
     return cbs, ck
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00030
+def free_bs(n, bs=16):
+    "The batch size nearest below `bs` that does not leave a last batch of one of `n` pictures: batch norm wants two."
+    return next((b for b in range(bs, 1, -1) if n % b != 1), bs)
+
 def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda: None):
     """One training with the settings `c` on the pictures in `path`, its files in `folder`; returns the result as a dictionary. Raises `DataError`.
 
@@ -325,7 +331,7 @@ def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda
     cropped = c['tfms'] in ('crop', 'strong')
     items = get_items(path, c['size'], round(1.25*max(c['crops'])) if cropped else None)
     n_train, n_valid = len(items.train), len(items.valid)
-    bs = c['bs'] if c['bs_given'] or n_train >= 2000 else 16 - (n_train % 16 == 1)          # a last batch of one is too small for batch norm
+    bs = c['bs'] if c['bs_given'] else free_bs(n_train, c['bs'] if n_train >= 2000 else 16)
     print(f"training on {name}: {n_train:,} images, validated on {n_valid:,} at {c['size']} px, {c['epochs']} epochs, seed {c['seed']}, {c['device']}", flush=True)
     print('  ' + ', '.join(f'{k} {v}' for k, v in settings_line({**c, 'bs': bs}).items()), flush=True)
     data = items.to_databunch(bs, seed=c['seed'], in_memory=None, valid_bs=min(128, 2*bs))
@@ -358,7 +364,8 @@ def from_first(f):
 def _keep(file, r): write_atomic(file, lambda f: f.write(json.dumps(_no_nan(r), indent=1).encode()))
 def _kept(folder):
     "The result of a training that was finished before this one was broken off, else None."
-    return json.loads((folder/'result.json').read_text()) if (folder/'result.json').exists() else None
+    done = all((folder/f).exists() for f in ('result.json', 'model.pt'))
+    return json.loads((folder/'result.json').read_text()) if done else None
 
 # %% ../nbs/11b_train_imagenette.ipynb #25b87355
 def _no_nan(o):
@@ -394,7 +401,7 @@ def main(args=None):
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')          # a terminal that has no … must not end a training
     try:
         with process_group(timeout=120.):
-            if a.json: Path(a.json).touch()                             # before the training, not after it
+            if a.json: open(a.json, 'a').close()                        # before the training, not after it
             r = train(a, done)
             if a.json: rank0_only(_keep)(Path(a.json), r)
             print(f"the model, for pictures of yours: exp-predict {r['model']} PICTURE…\n{result_line(r)}", flush=True)

@@ -904,3 +904,49 @@ def test_a_terminal_without_dashes(tmp_path):
     for encoding, show in (('ascii', 'lines'), ('cp932', 'terminal')):
         r = subprocess.run([sys.executable, '-c', textwrap.dedent(code), show], cwd=ROOT, capture_output=True, env={**os.environ, 'PYTHONIOENCODING': encoding}, timeout=120)
         assert r.returncode == 0, r.stderr.decode()[-800:]
+
+
+class Some(torch.utils.data.Sampler):
+    def __init__(self, idxs): self.idxs = idxs
+    def __iter__(self): return iter(self.idxs)
+    def __len__(self): return len(self.idxs)
+
+
+TEN = TensorDataset(torch.arange(10.)[:, None], torch.arange(10))
+BS = torch.utils.data.BatchSampler
+
+
+@pytest.mark.parametrize('make, want', [
+    (lambda: DataLoader(TEN, 2, sampler=Some([9, 6, 7])), [6, 7, 9]), (lambda: DataLoader(TEN, batch_sampler=BS(torch.utils.data.RandomSampler(TEN), 4, False)), range(10)),
+    (lambda: DataLoader(TEN, batch_sampler=BS(torch.utils.data.RandomSampler(TEN), 4, True)), range(10)), (lambda: DataLoader(TEN, batch_sampler=BS(Some([5, 1, 3]), 2, False)), [1, 3, 5]),
+    (lambda: DataLoader(TEN, batch_sampler=[[4, 0], [2]]), [0, 2, 4]), (lambda: DataLoader(TEN, 3, sampler=torch.utils.data.SubsetRandomSampler(torch.tensor([8, 2]))), [2, 8]),
+    (lambda: DataLoader(TEN, 3, sampler=torch.utils.data.WeightedRandomSampler([1.]*10, 7)), range(10)), (lambda: DataLoader(TEN, 4, shuffle=True, drop_last=True), range(10)),
+    (lambda: DataLoader(TEN, 4), range(10)), (lambda: DataLoader(TEN, batch_sampler=BS(torch.utils.data.SequentialSampler(TEN), 4, True)), range(10))], ids=map(str, range(10)))
+def test_whatever_the_sampler_its_items_once_in_order(make, want):
+    dl, want = make(), list(want)
+    assert torch.cat([xb for xb, _ in in_order(dl)]).flatten().tolist() == want
+    learn = Learner(nn.Linear(1, 10), DataBunch(dl, dl), F.cross_entropy)
+    assert learn.get_preds()[1].tolist() == want
+    x, y = TEN[want]
+    before = torch.get_rng_state()
+    assert learn.validate()['loss'] == pytest.approx(F.cross_entropy(learn.model(x), y).item(), abs=1e-5) and torch.get_rng_state().equal(before)
+
+
+def test_in_order_keeps_the_workers():
+    from exp.data_block import ItemList, ItemLoader
+    assert in_order(ItemLoader(ItemList([torch.zeros(2)]*4), 2, shuffle=True, num_workers=2)).num_workers == 2
+
+
+def test_save_best_in_a_runner():
+    torch.manual_seed(0)
+    model = nn.Linear(10, 3)
+    best = SaveBest()
+    Runner(model, toy(), F.cross_entropy, torch.optim.SGD(model.parameters(), lr=5.), [AvgStatsCallback(silent=True), best]).fit(4)
+    assert all(v.equal(best.weights[k]) for k, v in model.state_dict().items())
+
+
+def test_a_csv_that_goes_on_has_each_epoch_once(tmp_path):
+    cbs = lambda: [AvgStatsCallback(silent=True), CSVLogger(tmp_path/'h.csv')]
+    learner(*cbs()).fit(3)
+    learner(*cbs()).fit(4, start=(2, 0))
+    assert [r['epoch'] for r in csv.DictReader(open(tmp_path/'h.csv'))] == ['0', '1', '2', '3']

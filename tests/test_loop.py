@@ -340,3 +340,12 @@ def test_the_share_near_zero_is_that_of_the_numbers(kw):
         extent = plot_hists([h]).axes[0].images[0].get_extent()
         assert tuple(extent[2:]) == (kw.get('lo', -2.), kw.get('hi', 8.))
     with pytest.raises(ValueError, match='no batch'): plot_stats([Hook(m, append_stats)])
+
+
+def test_a_dataset_takes_indices_that_are_tensors():
+    from torch.utils.data import DataLoader, Subset, SubsetRandomSampler
+    x, y = torch.randn(40, 4), torch.arange(40)
+    ds = Dataset(x, y)
+    assert next(iter(DataLoader(Subset(ds, torch.arange(1, 4)), 1)))[0].shape == (1, 4)
+    xb, yb = next(iter(DataLoader(ds, 5, sampler=SubsetRandomSampler(torch.randperm(40)[:5]))))
+    assert xb.equal(x[yb])

@@ -464,3 +464,11 @@ def test_a_stop_of_all_and_a_one_of_in_another_are_refused():
     for stop in (1., 2., -1):
         with pytest.raises(ValueError, match='stop'): Mixup(stop=stop)
     with pytest.raises(ValueError, match='OneOf in another'): OneOf(OneOf(Mixup()), CutMix())
+
+
+def test_labels_that_are_ignored_or_only_look_so():
+    p, y = torch.randn(5, generator=torch.Generator().manual_seed(0)), torch.tensor([1, -100, 2, 3, 4])
+    a, n = item_losses(F.l1_loss, p, y)
+    assert torch.allclose(a.sum()/n.sum(), F.l1_loss(p, y))
+    p, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 3, 2, -100])
+    with pytest.raises(ValueError, match='reduction'): item_losses(lambda p, t: F.cross_entropy(p, t), p, y)

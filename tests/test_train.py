@@ -272,6 +272,26 @@ def test_no_last_batch_of_one_where_the_size_is_free(tmp_path):
     assert T.train_one(c, tmp_path, 'mine', tmp_path/'run')['bs'] == 15                # 33 = 2·16 + 1, and batch norm wants two values of a channel
 
 
+def test_mistakes_that_show_before_the_training(tmp_path, capsys):
+    (tmp_path/'dir').mkdir()
+    data = folder(tmp_path)
+    assert T.main(['--data', str(data), '--json', str(tmp_path/'dir'), '--log-dir', str(tmp_path/'r')]) == 2
+    assert 'Is a directory' in capsys.readouterr().err and not (tmp_path/'r').exists()
+    (tmp_path/'cut').mkdir(); (tmp_path/'cut/config.json').write_text('{"data": ')
+    assert T.main(['--resume', '--log-dir', str(tmp_path/'cut')]) == 2 and 'cut/config.json' in capsys.readouterr().err
+
+
+def test_the_same_folder_by_another_path_goes_on_and_a_lost_model_is_made_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder(tmp_path, n=8))
+    args = ['--recipe', 'lesson', '--width', '.25', '--size', '32', '--epochs', '1', '--device', 'cpu', '--log-dir', 'r']
+    assert T.main(['--data', '.', *args]) == 0
+    (tmp_path/'r/seed-42/model.pt').unlink()
+    assert T.main(['--data', str(tmp_path), *args, '--resume']) == 0 and (tmp_path/'r/seed-42/model.pt').exists()
+
+
+def test_no_size_leaves_a_last_batch_of_one(): assert all(n % T.free_bs(n) != 1 for n in range(2, 2000)) and T.free_bs(800) == 16
+
+
 def test_resume_takes_the_newest_run_whatever_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parse = T.get_parser().parse_args
