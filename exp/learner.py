@@ -557,7 +557,7 @@ class _Watch(Callback):
     "Base of callbacks that follow a column of the learner's table (`valid_loss`, `valid_accuracy`, …)."
     _order, _fit_only = 12, True
     def __init__(self, monitor='valid_loss', bigger=None):
-        less = re.search(r'loss|err|mse|mae|perplexity|(^|_)(mean|max|median)?_?(squared|absolute|abs)_', monitor.lower())
+        less = re.search(r'loss|(^|_)err|mse|mae|perplexity', monitor.lower())
         self.monitor, self.sign = monitor, -1 if (less if bigger is None else not bigger) else 1
     def begin_fit(self, run):
         heads = next((cb.heads for cb in run.cbs if isinstance(cb, AvgStatsCallback)), None)
