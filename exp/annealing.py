@@ -6,12 +6,14 @@
 __all__ = ['annealer', 'sched_lin', 'sched_cos', 'sched_no', 'sched_exp', 'combine_scheds', 'cos_1cycle_anneal', 'ParamScheduler']
 
 # %% ../nbs/05_annealing.ipynb #35260326
-import bisect, math
+import bisect, inspect, math
 from functools import partial, wraps
 
 from .callbacks import Callback, get_hypers
 
 # %% ../nbs/05_annealing.ipynb #24376dd3
+_SHAPES = {}                                                    # name -> f(start, end, pos)
+
 class _Sched:
     "A schedule with its ends fixed; kept by name, so that a checkpoint or a worker can hold it."
     def __init__(self, name, start, end): self.name, self.start, self.end = name, start, end
@@ -19,14 +21,15 @@ class _Sched:
     def __repr__(self): return f'{self.name.rpartition(".")[2]}({self.start}, {self.end})'
 
 # %% ../nbs/05_annealing.ipynb #c287f48c
-_SHAPES = {}
-
 def annealer(f):
     "Turns `f(start, end, pos)` into `f(start, end)`, which gives a function of `pos` in 0–1. It pickles where `f` is not made inside a function."
     name = f'{f.__module__}.{f.__qualname__}'
-    if '<locals>' in name: return wraps(f)(lambda start, end: partial(f, start, end))
-    _SHAPES[name] = f
-    return wraps(f)(lambda start, end: _Sched(name, start, end))
+    local = '<locals>' in name
+    if not local: _SHAPES[name] = f
+    @wraps(f)
+    def fix(start, end): return partial(f, start, end) if local else _Sched(name, start, end)
+    fix.__signature__ = inspect.signature(fix, follow_wrapped=False)          # so that help() says (start, end), which it takes
+    return fix
 
 # %% ../nbs/05_annealing.ipynb #cf2e4eee
 @annealer

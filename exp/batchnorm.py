@@ -15,7 +15,7 @@ from .convnets import GeneralRelu
 class BatchNorm(nn.Module):
     """Batch normalisation of (N, C, H, W) per channel, as `nn.BatchNorm2d`. Source: Ioffe & Szegedy 2015, algorithm 1.
 
-    `mom`: share of the new batch in the moving averages. Their variance is the unbiased one (n − 1)."""
+    `mom`: share of the new batch in the moving averages. Their variance is the unbiased one (divided by n − 1, not n)."""
     def __init__(self, nf, mom=0.1, eps=1e-5):
         super().__init__()
         self.mom, self.eps = mom, eps
@@ -46,8 +46,8 @@ def conv_layer(ni, nf, ks=3, stride=2, norm=nn.BatchNorm2d, norm_first=False, **
 class RunningBatchNorm(nn.Module):
     """Batch norm of (N, C, H, W) by debiased running statistics in training too; for small batches. Source: fast.ai, lesson 10 (2019).
 
-    `mom`: share of the new batch in the sums at batch sizes 1 and 2; of larger batches more. In 16 bits the sums are taken in those of the buffers. The variance is the
-    difference of two sums in 32 bits, and a mean of a thousand standard deviations spoils it."""
+    `mom`: share of the new batch in the sums at batch sizes 1 and 2; of larger batches more. For 16-bit inputs the sums are kept in the buffers' type.
+    The variance is E[x²] − E[x]², inexact in float32 where the mean is about 1000 times the standard deviation."""
     def __init__(self, nf, mom=0.1, eps=1e-5):
         super().__init__()
         self.mom, self.eps = mom, eps

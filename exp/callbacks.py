@@ -30,7 +30,9 @@ class Dataset:
         self.x, self.y = x, y
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i], self.y[i]
-    def is_tensors(self): return torch.is_tensor(self.x) and torch.is_tensor(self.y)
+    def is_tensors(self):
+        "Are both parts tensors? These can be indexed with a list."
+        return torch.is_tensor(self.x) and torch.is_tensor(self.y)
     def __getitems__(self, idxs):                                               # a whole batch at once
         idxs = [int(i) for i in idxs]                                           # tensors in a list would be taken for x[i, j]
         return _Rows(*self[idxs]) if self.is_tensors() else [self[i] for i in idxs]
@@ -83,7 +85,7 @@ def check_events(cb):
     "Raise `AttributeError` for a method that looks like an event but is none (`after_bacth`), with the nearest that is."
     if isinstance(cb, type): raise TypeError(f'{cb.__name__} is a class: {cb.__name__}(…) makes a callback of it')
     for name in dir(cb):
-        if re.match(r'(begin|before|after)_', name) and name not in EVENTS:
+        if re.match(r'(begin|before|after)_', name) and name not in EVENTS and callable(getattr(cb, name, None)):
             near = difflib.get_close_matches(name.replace('before_', 'begin_'), EVENTS, 1)
             raise AttributeError(f'{type(cb).__name__}.{name} is no event' + (f': did you mean {near[0]}?' if near else f'; there are {", ".join(EVENTS)}'))
     return cb
@@ -104,6 +106,7 @@ class Runner:
 # %% ../nbs/04_callbacks.ipynb #e396b5cc
 @patch
 def one_batch(self: Runner, i, xb, yb):
+    "Batch `i`: predict, compare and, in training, slope and step, each announced; inputs and results are attributes, which callbacks may replace."
     try:
         self.iter, self.xb, self.yb = i, xb, yb
         self('begin_batch')
@@ -132,7 +135,7 @@ def all_batches(self: Runner, dl, train):
 # %% ../nbs/04_callbacks.ipynb #28f49246
 @patch
 def fit(self: Runner, epochs):
-    "Train for `epochs` passes, validating after each. Called again it goes on from where it stopped."
+    "Train for `epochs` passes, validating after each. Called again it trains the weights further: `epoch`, and schedules with it, begins at 0, `n_iter` goes on."
     if epochs < 0: raise ValueError(f'epochs must be 0 or more, not {epochs}')
     self.n_epochs = epochs
     try:
@@ -164,6 +167,7 @@ class AvgStats:
 
     @torch.no_grad()
     def accumulate(self, run):
+        "Add the loss and the metrics of the batch that `run` has just done, times its length; nothing is read back from the device."
         n = batch_len(run.xb, run.yb)
         pred = run.pred.detach() if torch.is_tensor(run.pred) else run.pred
         now = [run.loss.detach(), *(torch.as_tensor(m(pred, run.yb), device=run.loss.device) for m in self.metrics)]
@@ -172,7 +176,9 @@ class AvgStats:
         self.count += n
 
     @property
-    def avg_stats(self): return [] if self.totals is None else (self.totals/self.count).tolist()
+    def avg_stats(self):
+        "Loss and metrics so far, as numbers; `[]` before the first batch."
+        return [] if self.totals is None else (self.totals/self.count).tolist()
     def __repr__(self):
         return f"{'train' if self.in_train else 'valid'}: [{', '.join(f'{v:.4f}' for v in self.avg_stats)}]" if self.count else ''
 
@@ -213,11 +219,13 @@ class AvgStatsCallback(Callback):
 
 # %% ../nbs/04_callbacks.ipynb #69ad62b2
 def _dash():
-    try: return '–' if '–'.encode(getattr(sys.stdout, 'encoding', None) or 'utf-8') else ''
+    try: '–'.encode(getattr(sys.stdout, 'encoding', None) or 'utf-8')
     except UnicodeEncodeError: return '-'                       # an old terminal, which would end the training here
+    return '–'
 
 @patch
 def line(self: AvgStatsCallback, row):
+    "`row`, one of `rows`, as a line of the table, under its headings."
     def show(k, v): return str(v) if k == 'epoch' else f'{v:.1f} s' if k == 'time' else _dash() if v is NO_PASS else f'{v:.4f}'
     return '  '.join(f'{show(k, v):>{max(8, len(k))}}' for k, v in row.items())
 

@@ -24,6 +24,7 @@ from .convnets import GeneralRelu, Lambda, flatten
 from .data_block import (CategoryProcessor, ImageList, ItemList, ItemLoader, MultiCategoryProcessor, NormalizeBytes, NumberProcessor,
                             ResizeFixed, make_rgb, to_byte_tensor, to_float_tensor)
 from .learner import EarlyStopping, GradientAccumulation, Learner, SaveBest, fit_only
+from .optimizers import opt_snapshot
 
 # %% ../nbs/09d_checkpoints.ipynb #f9e9970e
 class CheckpointError(ValueError): "A file that was refused, or could not be written; the message says which and why. Nothing has been changed."
@@ -177,13 +178,17 @@ def opt_state(opt, model):
 
 # %% ../nbs/09d_checkpoints.ipynb #a9539440
 def load_opt(path, opt, model, saved):
-    "Put a state of `opt_state` into `opt`. Raises `CheckpointError` where it is of another optimizer or other parameters."
+    "Put a state of `opt_state` into `opt`. Raises `CheckpointError` where it is of another optimizer or other parameters; then `opt` is as it was."
     if not isinstance(saved, dict) or not {'kind', 'groups', 'state'} <= saved.keys(): raise CheckpointError(f'{path}: refused, there is no state of an optimizer in it')
     mine = opt_state(opt, model)
     for k, what in (('kind', 'optimizer'), ('groups', 'parameter groups')):
         if saved[k] != mine[k]: raise CheckpointError(f'{path}: refused, its {what}: {_short(saved[k])}; here: {_short(mine[k])}')
-    try: _inner(opt).load_state_dict(copy.deepcopy(saved['state']))
-    except (ValueError, KeyError, TypeError) as e: raise CheckpointError(f'{path}: refused, its optimizer: {e}') from None
+    inner = _inner(opt)
+    back, was = opt_snapshot(inner), dict(vars(inner))                       # torch's put new dicts in the place of the old
+    try: inner.load_state_dict(copy.deepcopy(saved['state']))
+    except Exception as e:
+        vars(inner).update(was); back()
+        raise CheckpointError(f'{path}: refused, its optimizer: {e if isinstance(e, ValueError) else repr(e)}') from None
 
 # %% ../nbs/09d_checkpoints.ipynb #0106e929
 @patch
@@ -265,8 +270,8 @@ def load_loader_state(dl, s):
     "Put a loader back to where `loader_state` found it."
     for g, t in zip(_gens(_parts(dl)), s['generators']): g.set_state(t)
     for o, numbers in zip(_parts(dl), s['numbers']):
-        for k, v in numbers.items():
-            if k in vars(o) and not k.startswith('_'): setattr(o, k, v)
+        for k in ('seed', 'epoch'):
+            if k in numbers and k in vars(o): setattr(o, k, numbers[k])
 
 # %% ../nbs/09d_checkpoints.ipynb #780488e9
 class _Rest:
@@ -300,35 +305,39 @@ def unread(self: _Rest):
 # %% ../nbs/09d_checkpoints.ipynb #7f97bf3b
 def keeps(*names):
     "Class decorator for a callback that remembers the attributes `names` during a fit: gives it `state_dict` and `load_state_dict`."
-    def _inner(cls):
+    def add(cls):
         def state_dict(self): return {n: getattr(self, n) for n in names if hasattr(self, n)}
         def load_state_dict(self, sd):
             for n in names:
                 if n in sd: setattr(self, n, copy.copy(sd[n]))
         cls.state_dict, cls.load_state_dict = state_dict, load_state_dict
         return cls
-    return _inner
+    return add
 
 # %% ../nbs/09d_checkpoints.ipynb #c4cc1ca8
-keeps('best', 'best_epoch', 'waited')(EarlyStopping)
-keeps('best', 'best_epoch', 'weights')(SaveBest)
-keeps('batches', 'items')(GradientAccumulation)
+for cls, names in ((EarlyStopping, 'best best_epoch waited'), (SaveBest, 'best best_epoch weights'), (GradientAccumulation, 'batches items')):
+    keeps(*names.split())(cls)
 
 # %% ../nbs/09d_checkpoints.ipynb #35be4a4f
 @patch
 def state_dict(self: Recorder):
+    "The losses stacked into one tensor (batches,), and each hyper-parameter's values in one."
     raw = getattr(self, 'raw', [])
     def numbers(v): return torch.tensor(v, dtype=torch.float64 if any(isinstance(o, float) for o in v) else torch.int64)
     return {'raw': torch.stack(raw) if raw else None, 'hypers': {k: numbers(v) for k, v in getattr(self, 'hypers', {}).items()}}
 @patch
 def load_state_dict(self: Recorder, sd):
+    "Into lists again, one entry a batch, to which the fit goes on adding."
     self.raw, self.hypers = [] if sd['raw'] is None else list(sd['raw']), {k: v.tolist() for k, v in sd['hypers'].items()}
 
 # %% ../nbs/09d_checkpoints.ipynb #a3540f18
 @patch
-def state_dict(self: AvgStatsCallback): return {'heads': self.heads, 'rows': self.rows, 'stats': {t: [s.count, s.totals] for t, s in self.stats.items()}}
+def state_dict(self: AvgStatsCallback):
+    "The columns, the rows so far, and counts and sums of the epoch under way."
+    return {'heads': self.heads, 'rows': self.rows, 'stats': {t: [s.count, s.totals] for t, s in self.stats.items()}}
 @patch
 def load_state_dict(self: AvgStatsCallback, sd):
+    "Raises `ValueError` where the columns were others."
     if sd['heads'] != self.heads: raise ValueError(f'the table was {", ".join(sd["heads"])} and is {", ".join(self.heads)} now')
     self.rows = [dict(r) for r in sd['rows']]
     for t, s in self.stats.items(): s.count, s.totals = sd['stats'][t]
@@ -361,19 +370,26 @@ class Checkpoint(Callback):
         self.folder, self.every, self.keep, self.found = Path(folder), every, keep, None
 
     def begin_fit(self, run):
+        "A new run with a name of its own, or the one that `start` has found."
         if not self.found and any(run.start):
             raise CheckpointError(f'the fit begins at epoch {run.start[0]}, batch {run.start[1]}, and no checkpoint is chosen (a fit uses up its choice): fit(…, start=ck.start(learn))')
         now, self.attempt, self.token = time.time(), 1, secrets.token_hex(2)
-        self.run = f'{time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))}-{int(now%1*1e6):06d}-{secrets.token_hex(2)}'
+        self.run_id = f'{time.strftime("%Y%m%d-%H%M%S", time.gmtime(now))}-{int(now%1*1e6):06d}-{secrets.token_hex(2)}'
         self.facts, self.data, self.at_pass = data_facts(run.data), run.data, None
         if self.found: self.restore(run)
+        self.sweep()
     def begin_epoch(self, run):
+        "In the first: into the middle of it, where that is the place. In each: notes the dice from which its order is drawn."
         if self.found: self.rejoin(run)
         self.at_pass = {'rng': rng_state(), 'train': loader_state(self.data.train_dl)}
     def after_batch(self, run):
+        "A checkpoint where one is due; it stands at the next batch."
         if run.in_train and self.every and run.n_iter % self.every == 0: self.write(run, run.epoch, run.iter + 1)
-    def after_epoch(self, run): run.data, self.at_pass = self.data, None; self.write(run, run.epoch + 1, 0)
-    def after_fit(self, run): self.found = None
+    def after_epoch(self, run):
+        "The loader is whole again, and the checkpoint stands at the beginning of the next epoch."
+        run.data, self.at_pass = self.data, None
+        self.write(run, run.epoch + 1, 0)
+    def after_fit(self, run): self.found = None                             # a choice serves one fit
 
 # %% ../nbs/09d_checkpoints.ipynb #e87b4a45
 @patch
@@ -382,14 +398,16 @@ def files(self: Checkpoint, run='*'):
     return sorted(self.folder.glob(f'{run}.[0-9]*.pt'), reverse=True)
 
 @patch
-def name(self: Checkpoint, n_iter): return f'{self.run}.{self.attempt:03d}-{self.token}.{n_iter:08d}.pt'
+def name(self: Checkpoint, n_iter):
+    "The name of this start's file after `n_iter` steps."
+    return f'{self.run_id}.{self.attempt:03d}-{self.token}.{n_iter:08d}.pt'
 
 # %% ../nbs/09d_checkpoints.ipynb #02e38ac2
 @patch
 def state(self: Checkpoint, run, epoch, batch):
     "All that the fit `run` needs to go on at `batch` of `epoch`, in plain types."
     model, now = bare(run.model), {'rng': rng_state(), 'train': loader_state(self.data.train_dl)}
-    return plain({'position': [epoch, batch], 'n_epochs': run.n_epochs, 'n_iter': run.n_iter, 'facts': self.facts, 'run': self.run, 'attempt': self.attempt,
+    return plain({'position': [epoch, batch], 'n_epochs': run.n_epochs, 'n_iter': run.n_iter, 'facts': self.facts, 'run': self.run_id, 'attempt': self.attempt,
                   'model': model.state_dict(), 'opt': opt_state(run.opt, model), 'grads': {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
                   'now': now, 'at_pass': self.at_pass or now, 'valid': loader_state(self.data.valid_dl) if self.data.valid_dl is not None else None,
                   'callbacks': [[type(cb).__name__, cb.state_dict() if hasattr(cb, 'state_dict') else None, [g.get_state() for g in _gens([cb])]] for cb in self.others(run)]},
@@ -397,7 +415,9 @@ def state(self: Checkpoint, run, epoch, batch):
 
 # %% ../nbs/09d_checkpoints.ipynb #1568b258
 @patch
-def others(self: Checkpoint, run): return [cb for cb in run.cbs if not isinstance(cb, Checkpoint) and (hasattr(cb, 'state_dict') or _gens([cb]))]
+def others(self: Checkpoint, run):
+    "The callbacks that remember something: by a `state_dict`, or in a generator that is an attribute."
+    return [cb for cb in run.cbs if not isinstance(cb, Checkpoint) and (hasattr(cb, 'state_dict') or _gens([cb]))]
 
 # %% ../nbs/09d_checkpoints.ipynb #97b25387
 @patch
@@ -406,7 +426,15 @@ def write(self: Checkpoint, run, epoch, batch):
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank(): return
     try: write_file(self.folder/self.name(run.n_iter), 'checkpoint', self.state(run, epoch, batch))
     except CheckpointError as e: warnings.warn(f'training goes on without this checkpoint: {e}', stacklevel=2); return
-    for f in self.files(self.run)[self.keep:]: f.unlink(missing_ok=True)
+    for f in self.files(self.run_id)[self.keep:]: f.unlink(missing_ok=True)
+
+# %% ../nbs/09d_checkpoints.ipynb #972f0447
+@patch
+def sweep(self: Checkpoint):
+    "Remove what saves that were killed have left in the folder: of this run, and of others if it is more than a day old."
+    for f in self.folder.glob('.[0-9]*.[0-9]*-*.[0-9]*.pt.*.tmp'):
+        with contextlib.suppress(OSError):                                  # another start may be sweeping, too
+            if f.name.startswith(f'.{self.run_id}.') or time.time() - f.stat().st_mtime > 86_400: f.unlink()
 
 # %% ../nbs/09d_checkpoints.ipynb #4a3dfcd8
 @patch
@@ -428,7 +456,9 @@ def start(self: Checkpoint, learn):
     return 0, 0
 
 # %% ../nbs/09d_checkpoints.ipynb #e2411f8d
-def _brief(o): return str(o) if len(str(o)) < 80 else str(o)[:80] + '…'
+def _brief(o):
+    "`o` as text of at most 80 letters."
+    return str(o) if len(str(o)) <= 80 else str(o)[:79] + '…'
 
 # %% ../nbs/09d_checkpoints.ipynb #513fe2b8
 @patch
@@ -436,12 +466,13 @@ def restore(self: Checkpoint, run):
     "At the beginning of a fit: put back everything that was saved."
     f, d = self.found
     if run.n_epochs != d['n_epochs']: raise CheckpointError(f'{f}: refused, it is of a fit of {d["n_epochs"]} epochs and this one has {run.n_epochs}: schedules would jump (learn.load takes weights and optimizer only)')
-    if run.epoch != d['position'][0]: raise CheckpointError(f'{f}: it stands at epoch {d["position"][0]} and the fit begins at {run.epoch}: fit(…, start=ck.start(learn))')
+    (epoch, batch), begin = d['position'], tuple(run.start)
+    if begin != (epoch, batch):
+        raise CheckpointError(f'{f}: it stands at epoch {epoch}, batch {batch}, and the fit begins at epoch {begin[0]}, batch {begin[1]}: fit(…, start=ck.start(learn))')
     check_model(f, bare(run.model), d['model'])
     load_opt(f, run.opt, run.model, d['opt'])
     bare(run.model).load_state_dict(d['model'])
-    run.n_iter, self.run, self.attempt = d['n_iter'], d['run'], d['attempt'] + 1
-    for tmp in self.folder.glob(f'.{self.run}.*.tmp'): tmp.unlink(missing_ok=True)                # of a save that was killed
+    run.n_iter, self.run_id, self.attempt = d['n_iter'], d['run'], d['attempt'] + 1
     self.load_callbacks(run)
     if d['valid'] is not None: load_loader_state(self.data.valid_dl, d['valid'])
     load_loader_state(self.data.train_dl, d['now']['train']); set_rng_state(d['now']['rng'])
@@ -453,7 +484,7 @@ def rejoin(self: Checkpoint, run):
     f, d = self.found
     self.found, (epoch, batch) = None, d['position']
     if not batch: return
-    self.load_callbacks(run, d)                                             # their begin_epoch has begun an epoch anew
+    self.load_callbacks(run, d, quiet=True)                                 # their begin_epoch has begun an epoch anew
     load_loader_state(self.data.train_dl, d['at_pass']['train']); set_rng_state(d['at_pass']['rng'])
     def then():
         set_rng_state(d['now']['rng'])
@@ -470,17 +501,18 @@ def _on(o, device):
 
 # %% ../nbs/09d_checkpoints.ipynb #724c0e03
 @patch
-def load_callbacks(self: Checkpoint, run, d=None):
-    "Give each callback its saved state, matched by class and order; what finds no partner is named in a warning."
+def load_callbacks(self: Checkpoint, run, d=None, quiet=False):
+    "Give each callback its saved state, matched by class and order; what finds no partner is named in a warning, unless `quiet`."
     d = self.found[1] if d is None else d
     device, left = next((p.device for p in run.model.parameters()), 'cpu'), list(d['callbacks'])
     for cb in self.others(run):
         if (i := next((i for i, s in enumerate(left) if s[0] == type(cb).__name__), None)) is None:
-            warnings.warn(f'the checkpoint knows no {type(cb).__name__}: it starts anew', stacklevel=2); continue
+            if not quiet: warnings.warn(f'the checkpoint knows no {type(cb).__name__}: it starts anew', stacklevel=2)
+            continue
         _, sd, gens = left.pop(i)
         if sd is not None: cb.load_state_dict(_on(sd, device))
         for g, t in zip(_gens([cb]), gens): g.set_state(t)
-    if left: warnings.warn(f'the checkpoint has the state of {", ".join(s[0] for s in left)}, which this fit lacks', stacklevel=2)
+    if left and not quiet: warnings.warn(f'the checkpoint has the state of {", ".join(s[0] for s in left)}, which this fit lacks', stacklevel=2)
 
 # %% ../nbs/09d_checkpoints.ipynb #d1d053f5
 _KNOWN = {}
@@ -502,6 +534,7 @@ def _name(o):
 
 # %% ../nbs/09d_checkpoints.ipynb #5957021d
 def _find(name):
+    "The function or class that a file calls `name`. Raises `CheckpointError` for what is neither registered nor a layer of `torch.nn`."
     if name not in _KNOWN and re.fullmatch(r'exp\.[a-z]\w*\.\w+', name):        # a module of ours, which registers what it has
         try: importlib.import_module(name.rpartition('.')[0])
         except ImportError: pass
@@ -515,7 +548,7 @@ _MODULE = set(vars(nn.Module())) - {'training'}                             # wh
 
 # %% ../nbs/09d_checkpoints.ipynb #d34d654c
 def pack(o, where='it'):
-    "`o` in plain types: a registered function is its name, a registered object its class's name and its attributes, a module its layers too."
+    "`o` in plain types: a registered function is its name, a registered object its class's name and its attributes, a module its layers too (not its hooks)."
     if o is None or isinstance(o, (bool, int, float, str, np.generic)) or torch.is_tensor(o): return plain(o, where)
     if isinstance(o, (list, tuple)): return (list if isinstance(o, list) else tuple)(pack(v, f'{where}[{i}]') for i, v in enumerate(o))
     if isinstance(o, dict): return {'dict': [[plain(k, where), pack(v, f'{where}.{k}')] for k, v in o.items()]}
@@ -534,7 +567,9 @@ def pack(o, where='it'):
 
 # %% ../nbs/09d_checkpoints.ipynb #5be88753
 def unpack(r):
-    "What `pack` packed. No constructor runs, and nothing that is not registered is looked up; `CheckpointError` names what is missing."
+    """What `pack` packed. No constructor runs, and nothing is used that is not registered; `CheckpointError` names what is missing.
+
+    A module of `exp` that the file names is imported, to register what it has."""
     if isinstance(r, (list, tuple)): return type(r)(unpack(v) for v in r)
     if not isinstance(r, dict): return r
     if 'dict' in r: return {k: unpack(v) for k, v in r['dict']}

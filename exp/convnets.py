@@ -114,7 +114,7 @@ def prev_pow_2(n):
 def get_cnn_layers(data, nfs, layer=conv_relu, **kwargs):
     "The layers of the lesson's CNN for `data.c_in` channels and `data.c_out` classes; `nfs`: channels of the layers after the stem."
     def f(ni, nf, stride=2): return layer(ni, nf, 3, stride=stride, **kwargs)
-    l1 = prev_pow_2(max(4, data.c_in*3*3))
+    l1 = prev_pow_2(data.c_in*3*3)
     stem = [f(data.c_in, l1, stride=1), f(l1, l1*2), f(l1*2, l1*4)]
     nfs = [l1*4, *nfs]
     return [*stem, *(f(i, o) for i, o in zip(nfs, nfs[1:])), nn.AdaptiveAvgPool2d(1), Lambda(flatten), nn.Linear(nfs[-1], data.c_out)]

@@ -26,7 +26,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from .callbacks import DataBunch, Dataset
-from .datasets import DataError
+from .datasets import DataError, readable
 
 # %% ../nbs/08_data_block.ipynb #a2a66011
 image_extensions = frozenset('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
@@ -36,7 +36,9 @@ def get_files(path, extensions=None, recurse=False, include=None):
     """The files in `path` as a `PathList`, folder by folder and sorted by name, the same on every machine.
 
     `extensions`: endings like '.jpg', any case (None: all). `recurse` goes into folders; `include` names the one or those of the top level to go into.
-    Names that begin with a dot are left out. Raises `DataError` for a folder that cannot be read, or is to be included and not there."""
+    Names that begin with a dot are left out. Linked folders are followed, so a link to a folder beside it lists that one's files twice.
+    Raises `DataError` for a folder that cannot be read, or is to be included and not there; `ValueError` for `include` without `recurse`."""
+    if include is not None and not recurse: raise ValueError('include names folders to go into, and recurse is False')
     exts, wanted = (None if o is None else [os.fspath(o)] if isinstance(o, (str, os.PathLike)) else list(map(os.fspath, o)) for o in (extensions, include))
     exts = exts and {e.lower() if e.startswith('.') else f'.{e.lower()}' for e in exts}
     root, found, todo, tops = os.path.expanduser(os.fspath(path)), [], [''], set()
@@ -72,7 +74,7 @@ def _is_dir(entry):
 class PathList:
     """Paths under `root`, kept as one block of bytes: `[i]` is a `Path`; a slice, a list of indices or a mask gives a `PathList` on the same block.
 
-    A list of a million `Path`s takes some 500 MB, and each worker that counts references to them gets its own copy of every page; this takes a tenth."""
+    A million `Path`s in a list take some 300 MB, and each worker that counts references to them gets its own copy of every page; this takes a sixth of that."""
     def __init__(self, root, names):
         self.root, self.idx = Path(root), None
         self.block = '\0'.join(names).encode('utf-8', 'surrogateescape')              # no name holds a zero byte
@@ -128,7 +130,9 @@ def step_name(f):
     "What to call a transform or function in a message; a lambda gets its place in the source."
     f = getattr(f, 'func', f)                                        # inside a partial
     name, code = getattr(f, '__name__', None) or type(f).__name__, getattr(f, '__code__', None)
-    return f'{name} ({Path(code.co_filename).name}, line {code.co_firstlineno})' if name == '<lambda>' and code else name
+    if name != '<lambda>' or not code: return name
+    file = 'a notebook cell' if re.search('ipykernel_|ipython-input', code.co_filename) else Path(code.co_filename).name
+    return f'{name} ({file}, line {code.co_firstlineno})'
 
 # %% ../nbs/08_data_block.ipynb #c3da5ee6
 def describe(x):
@@ -139,6 +143,7 @@ def describe(x):
 
 # %% ../nbs/08_data_block.ipynb #6d19d402
 def _span(a):
+    "The smallest and the largest value of `a`, in words."
     if not np.prod(a.shape): return 'empty'
     return ' – '.join(f'{v:.3g}' for v in (float(a.min()), float(a.max())))
 
@@ -158,7 +163,9 @@ class ItemList(ListContainer):
         "Other items, all else the same."
         res = copy.copy(self); res.items = ListContainer(items).items
         return res
-    def get(self, item): return item
+    def get(self, item):
+        "The item opened; a subclass says how."
+        return item
     def _name(self, i): return _key(self, i)
     def __getitem__(self, idx):
         if isinstance(idx, slice) or np.ndim(idx): return [self._one(o) for o in _pick(self.items, idx)]
@@ -187,7 +194,9 @@ _limit = threading.Lock()
 
 @contextmanager
 def _pixel_limit(n):
-    "Pillow's guard against decompression bombs set to `n` pixels inside, and put back after; nothing is changed for None."
+    """Pillow's guard against decompression bombs set to `n` pixels inside, and put back after; nothing is changed for None.
+
+    Pillow has one for the whole program: whoever opens a picture meanwhile, in another thread, sees `n` as well."""
     if n is None: yield; return
     with _limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, n
@@ -207,7 +216,7 @@ def fast_decoder():
     return simplejpeg if a.shape == b.shape and abs(a - b).mean() <= 2 else None
 
 # %% ../nbs/08_data_block.ipynb #95c1efdd
-_T = Image.Transpose
+_T = Image.Transpose                                                 # by the number in EXIF tag 0x0112, Orientation: 1 is upright, 2 to 8 are not
 _TURNS = {2: _T.FLIP_LEFT_RIGHT, 3: _T.ROTATE_180, 4: _T.FLIP_TOP_BOTTOM, 5: _T.TRANSPOSE, 6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90}
 
 def _turn(im):
@@ -216,6 +225,7 @@ def _turn(im):
     except Exception: return None                                    # Pillow raises a dozen kinds
 
 def _upright(im):
+    "`im` turned as its EXIF or XMP says, and these taken away; itself where they say nothing."
     turn = _turn(im)
     if turn is None: return im
     im = im.transpose(turn)
@@ -224,7 +234,7 @@ def _upright(im):
 
 def _open_fast(fn, draft, max_pixels):
     "A grey or colour JPEG that lies upright with nothing to draft, as a PIL image; None for all others, and for broken files: they are Pillow's."
-    if os.path.splitext(fn)[1].lower() not in ('.jpg', '.jpeg') or not (sj := fast_decoder()): return None
+    if not isinstance(fn, (str, os.PathLike)) or os.path.splitext(fn)[1].lower() not in ('.jpg', '.jpeg') or not (sj := fast_decoder()): return None
     try:
         data = Path(fn).read_bytes()
         h, w, space, _ = sj.decode_jpeg_header(data)
@@ -235,25 +245,30 @@ def _open_fast(fn, draft, max_pixels):
     except (ValueError, OSError): return None
 
 # %% ../nbs/08_data_block.ipynb #2e54106a
-def open_image(fn, draft=None, max_pixels=None, fast=False):
-    """The picture in the file `fn`, decoded whole: a PIL image, upright (EXIF), first frame. Raises `DataError` naming the file.
+_asked_once = frozenset('BMP GIF JPEG MPO PNG PPM WEBP'.split())      # of these Pillow compares the size when it opens them, and not again
 
-    `draft`: a JPEG larger than this many pixels may be decoded at a half, quarter or eighth, never below it. `max_pixels` raises Pillow's limit for this file.
+def open_image(fn, draft=None, max_pixels=None, fast=False):
+    """The picture in `fn`, a path or an open file, decoded whole: a PIL image, upright (EXIF), first frame. Raises `DataError` naming the file.
+
+    `draft`: a side; a JPEG more than this many pixels wide and high may be decoded at a half, quarter or eighth, never below it.
+    `max_pixels` raises Pillow's limit for this file; it is a count, width × height.
     `fast`: plain JPEGs by simplejpeg, where it is installed and agrees with Pillow (see `fast_decoder`)."""
     if fast and (im := _open_fast(fn, draft, max_pixels)): return im
     try:
-        with _pixel_limit(max_pixels), Image.open(fn) as im:
+        with _pixel_limit(max_pixels): im = Image.open(fn)
+        with im, _pixel_limit(None if im.format in _asked_once else max_pixels):
             if draft: im.draft(None, (draft, draft))
             im.load()
             return _upright(im)
     except FileNotFoundError: raise DataError(f'{fn}: no such file') from None
     except Exception as e:                                           # Pillow raises a dozen kinds at broken files
-        why = 'empty file' if os.path.isfile(fn) and not os.path.getsize(fn) else 'not a picture that Pillow knows' if 'cannot identify' in str(e) else e
+        path = isinstance(fn, (str, os.PathLike))
+        why = 'empty file' if path and os.path.isfile(fn) and not os.path.getsize(fn) else 'not a picture that Pillow knows' if 'cannot identify' in str(e) else e
         raise DataError(f'{fn}: no readable picture ({why})') from None
 
 # %% ../nbs/08_data_block.ipynb #dadaf22f
 class ImageList(ItemList):
-    "An `ItemList` of picture files: `get` is `open_image`. `max_pixels`: Pillow's limit for this list (above it Pillow warns, above twice it refuses); `fast` is explained there."
+    "An `ItemList` of picture files, opened by `open_image` (`fast`: see there). `max_pixels`: Pillow's limit for this list (above it Pillow warns, above twice it refuses)."
     def __init__(self, items, path='.', tfms=None, max_pixels=None, fast=True):
         super().__init__(items, path, tfms)
         self.max_pixels, self.fast = max_pixels, fast
@@ -344,22 +359,25 @@ def stack(xs, names=None):
 
 # %% ../nbs/08_data_block.ipynb #6e16ed80
 def show_image(im, title='', ax=None, figsize=(2, 2)):
-    "A picture on matplotlib axes: PIL, or a tensor (C, H, W) of bytes, of floats 0–1, or of any other floats (stretched to that)."
+    "A picture on matplotlib axes: PIL, or a tensor or array (C, H, W) of bytes, of floats 0–1, or of any other floats (stretched to that); an array (H, W, C) as it is."
     import matplotlib.pyplot as plt                                   # here, so that importing exp does not wait for it
+    if isinstance(im, np.ndarray) and im.ndim == 3 and im.shape[-1] > 4: im = torch.from_numpy(im.copy())        # the last axis is no colour: (C, H, W)
     if isinstance(im, torch.Tensor):
         im = im.detach().cpu()
         if im.is_floating_point() and (im.min() < 0 or im.max() > 1): im = (im - im.min())/(im.max() - im.min()).clamp(min=1e-8)
         im = im.permute(1, 2, 0).squeeze(-1).float().numpy() if im.is_floating_point() else im.permute(1, 2, 0).squeeze(-1).numpy()
     ax = ax or plt.subplots(figsize=figsize, dpi=60)[1]
-    ax.imshow(im, cmap='gray' if np.ndim(im) == 2 or getattr(im, 'mode', '') == 'L' else None); ax.set_title(title, fontsize=7); ax.axis('off')
+    ax.imshow(im, cmap='gray' if np.ndim(im) == 2 or getattr(im, 'mode', '') == 'L' else None); ax.set_title(title, fontsize=8); ax.axis('off')
     return ax
 
 # %% ../nbs/08_data_block.ipynb #f19c0c4b
 def show_images(ims, titles=(), title='', cols=8):
-    "Rows of `cols` pictures, each with its title: PIL images, or arrays and tensors (C, H, W) of bytes."
+    "Rows of `cols` pictures, each with its title: all that `show_image` takes. Raises `ValueError` where there are none."
     import matplotlib.pyplot as plt
-    ims, rows = list(ims), -(-len(ims)//cols)
-    fig, axs = plt.subplots(rows, cols, figsize=(cols*1.15, rows*1.35 + .25), dpi=55, squeeze=False)
+    ims = list(ims)
+    if not ims: raise ValueError('no pictures to show')
+    rows = -(-len(ims)//cols)
+    fig, axs = plt.subplots(rows, cols, figsize=(cols*1.15, rows*1.35 + .25), dpi=64, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for i, (ax, im) in enumerate(zip(axs.flat, ims)): show_image(im, titles[i] if i < len(titles) else '', ax)
     fig.suptitle(title, fontsize=9); fig.tight_layout()
@@ -607,7 +625,7 @@ class LabeledData:
 def y_obj(self: LabeledData, i): return self.y.obj(i)
 
 @patch(cls_method=True)
-def label_by_func(cls: LabeledData, il, f, proc_x=None, proc_y=None): return cls(il, [f(o) for o in il.items], proc_x, proc_y)
+def label_by_func(cls: LabeledData, il, f, proc_x=None, proc_y=None): return cls(il.new(il.items), [f(o) for o in il.items], proc_x, proc_y)
 
 # %% ../nbs/08_data_block.ipynb #203c9ce7
 @patch
@@ -620,9 +638,10 @@ def pick(self: LabeledData, idx):
 
 # %% ../nbs/08_data_block.ipynb #d9e721f8
 def default_processor(labels):
-    """A processor by the look of the labels: text, whole numbers → `CategoryProcessor`, lists of text → multi-label, lists of numbers → `NumberProcessor`.
+    """A processor by the look of the labels. Text, whole numbers → `CategoryProcessor`; lists of text → `MultiCategoryProcessor`;
+    lists of numbers, and fractions, also with whole numbers among them → `NumberProcessor`.
 
-    So are fractions, and whole numbers among fractions. Arrays and tensors count as lists, those of one number as that."""
+    An array or tensor counts as a list; one of a single number as that number."""
     some = [l for l in map(_plain, labels) if l is not None and (not isinstance(l, (list, tuple, set)) or l)]
     if some and isinstance(some[0], (list, tuple, set)): return MultiCategoryProcessor() if isinstance(next(iter(some[0])), str) else NumberProcessor()
     return NumberProcessor() if any(isinstance(l, float) for l in some) and all(isinstance(l, (int, float)) for l in some) else CategoryProcessor()
@@ -631,10 +650,11 @@ def default_processor(labels):
 def label_by_func(sd, f, proc_x=None, proc_y=None):
     """Both sides of a `SplitData` labelled by `f(item)`; the processor is fitted on the training side. A `SplitData` of `LabeledData`.
 
-    `proc_y` None: chosen by `default_processor`. A class with a single training picture is named in a warning."""
+    `proc_y` None: chosen by `default_processor`. A class with a single training picture is named in a warning.
+    The lists of items are its own: other transforms for them leave those of `sd` as they are."""
     labels = [[f(o) for o in il.items] for il in (sd.train, sd.valid)]
     proc_y = default_processor(labels[0]) if proc_y is None else proc_y
-    train, valid = (LabeledData(il, ls, proc_x, proc_y) for il, ls in zip((sd.train, sd.valid), labels))
+    train, valid = (LabeledData(il.new(il.items), ls, proc_x, proc_y) for il, ls in zip((sd.train, sd.valid), labels))
     if type(proc_y) is CategoryProcessor:
         n = torch.bincount(train.y.items, minlength=len(proc_y.vocab))
         for c in (n == 1).nonzero().flatten().tolist():
@@ -666,21 +686,24 @@ def _plan(self: ItemList):
 
 # %% ../nbs/08_data_block.ipynb #223b2ad4
 class _Collect:
-    "Gathers pictures or tensors for a batch; pictures of one size in a row are resized together, at most 2 million pixels at a time."
+    "Gathers pictures or tensors for a batch; pictures of one size in a row are resized together, at most 2 million pixels at a time (or one picture)."
     def __init__(self, resize): self.resize, self.parts, self.run, self.names = resize, [], [], []
     def add(self, x, name):
+        "One more picture or tensor; `name` is for messages."
         together = self.resize and self.resize.takes(x)
         if self.resize and not together: x = self.resize(x)
-        if self.run and (not together or self.run[0].size != x.size or self.run[0].mode != x.mode or len(self.run)*x.size[0]*x.size[1] > 2**21): self.flush()
+        if self.run and (not together or self.run[0].size != x.size or self.run[0].mode != x.mode or (len(self.run) + 1)*x.size[0]*x.size[1] > 2**21): self.flush()
         if together: self.run.append(x); self.names.append(name)
         else: self.parts.append(([name], x))
     def flush(self):
+        "Resize the run and begin another."
         xb = self.resize.batch(stack(self.run))
         self.parts.append((self.names, xb)); self.run, self.names = [], []
 
 # %% ../nbs/08_data_block.ipynb #641fbe3a
 @patch
 def tensor(self: _Collect):
+    "All of it as one tensor (N, …). Raises `DataError` naming two that differ in shape."
     if self.run: self.flush()
     if not self.resize: return stack([x for _, x in self.parts], [n for ns, _ in self.parts for n in ns])
     xs = [x if torch.is_tensor(x) else stack([x], ns) for ns, x in self.parts]
@@ -783,8 +806,8 @@ class ItemLoader(DataLoader):
 # %% ../nbs/08_data_block.ipynb #f2ae6541
 @patch
 def first(self: ItemLoader):
-    "The first batch of the coming epoch, loaded here and now; the epoch is not touched by looking at it."
-    xb, yb, _ = self.dataset[next(self.sampler.batches())]
+    "The first batch of the coming epoch, loaded here and now; looking at it touches neither the epoch nor the global generators."
+    with same_draws(): xb, yb, _ = self.dataset[next(self.sampler.batches())]
     return xb if yb is None else (xb, yb)
 
 # %% ../nbs/08_data_block.ipynb #8af22e27
@@ -844,7 +867,7 @@ def in_memory(self: LabeledData, on_error='raise', progress=None, threads=None):
             if len(xb) and xb.shape[1:] != x.shape[1:]:
                 raise DataError(f'{_key(self.x, idxs[0])} and those after it are {tuple(xb.shape[1:])} where the first are {tuple(x.shape[1:])}: make_rgb, ResizeFixed')
             if len(xb): x[n:n+len(xb)] = xb; n += len(xb); ys.append(yb)
-            if progress: progress(n, len(self))
+            if progress: progress(int(idxs[-1]) + 1, len(self))               # the skipped count, else it would never be done
     finally: pool.shutdown(cancel_futures=True)
     if not n: raise DataError(f'none of {len(self):,} pictures can be read: {next(iter(skipped.items()))}')
     return Dataset(x[:n], torch.cat(ys) if torch.is_tensor(ys[0]) else [y for yb in ys for y in yb]), skipped
@@ -878,9 +901,10 @@ def _proc(labeled):
 def databunchify(sd, bs, c_in=None, c_out=None, num_workers=None, in_memory=False, seed=None, on_error='raise', max_bytes=1e9, progress=None, valid_bs=None, drop_last=False, **kwargs):
     """An `ItemBunch` of a labelled `SplitData`: batches of `bs` for training, shuffled by `seed`, of `valid_bs` (2·bs) for validation and test.
 
-    `c_in`, `c_out`: from the data where not given. `num_workers` None: a process per core, at most 8. `in_memory` True: decode once and keep;
-    None: where both sets take at most `max_bytes` and nothing draws. `on_error` 'skip': leave bad files out, and list them (the test set always raises: its predictions go with its files). `drop_last`: no
-    training batch smaller than `bs`. `kwargs`: torch's `DataLoader`."""
+    `c_in`, `c_out`: from the data where not given. `num_workers` None: a process per core, at most 8. `in_memory` False: decode anew in each epoch;
+    True: decode once and keep (then no workers, for the test set neither), with `progress(done, total)` called now and then;
+    None: that, where both sets take at most `max_bytes` and nothing draws. `on_error` 'skip': leave bad files out, and list them (the test set always raises:
+    its predictions go with its files). `drop_last`: no training batch smaller than `bs`. `kwargs`: torch's `DataLoader`."""
     parts, proc, valid_bs = [sd.train, sd.valid], _proc(sd.train), valid_bs or 2*bs
     x1 = _first_picture(sd.train.x, on_error)
     n_out = len(proc.vocab) if hasattr(proc, 'vocab') else sd.train.y.items[:1].numel() if torch.is_tensor(sd.train.y.items) else None
@@ -920,10 +944,10 @@ SplitData.to_databunch.__doc__ = databunchify.__doc__
 # %% ../nbs/08_data_block.ipynb #63327bed
 @patch
 def show_batch(self: ItemBunch, n=8, title=None):
-    "The first pictures of the coming training batch with their labels. Looking at it does not take it."
+    "The first pictures of the coming training batch with their labels, in words where they are WordNet's numbers (`readable`). Looking at it does not take it."
     xb, yb = self.train_dl.first()
     proc = self.source.train.y.deproc
-    return show_images(xb[:n], [str(proc(y)) for y in yb[:n]], f'a batch: {tuple(xb.shape)}, {str(xb.dtype)[6:]}' if title is None else title)
+    return show_images(xb[:n], [readable(proc(y)) for y in yb[:n]], f'a batch: {tuple(xb.shape)}, {str(xb.dtype)[6:]}' if title is None else title)
 
 # %% ../nbs/08_data_block.ipynb #d4388426
 def walk(il, i=0):
@@ -975,11 +999,12 @@ def verify_images(il, progress=text_bar, threads=None):
     def one(fn):
         try: open_image(fn, max_pixels=il.max_pixels)
         except DataError as e: return str(e).removeprefix(f'{fn}: ')
-    bad, items = {}, list(il.items)
+    bad = {}
     with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        for n, (fn, why) in enumerate(zip(items, pool.map(one, items)), 1):
-            if why: bad[fn] = why
-            if progress and (n % 200 == 0 or n == len(items)): progress(n, len(items))
+        for start in range(0, len(il), 200):
+            some = list(il.items[start:start+200])
+            bad |= {fn: why for fn, why in zip(some, pool.map(one, some)) if why}
+            if progress: progress(start + len(some), len(il))
     return bad
 
 # %% ../nbs/08_data_block.ipynb #7f91e39e

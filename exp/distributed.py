@@ -47,7 +47,7 @@ def rank0_only(f):
 def read_env(env=os.environ):
     """`(rank, local rank, world size, local world size)` as torchrun, or a script of SLURM, has put them into the environment; None where it has not.
 
-    Raises `ValueError` for half of them, or for numbers that cannot be."""
+    The local ones may be missing, and then all processes are taken to be on one machine. Raises `ValueError` where others are, and for numbers that cannot be."""
     if not (env.get('RANK') or env.get('WORLD_SIZE')): return None
     lost = [k for k in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT') if not env.get(k)]
     if lost: raise ValueError(f'the environment names some of a group of processes, but not {", ".join(lost)}: torchrun sets all; for a process alone unset RANK and WORLD_SIZE')
@@ -75,14 +75,14 @@ _LOST = ('connection closed', 'connection reset', 'broken pipe', 'timed out', 't
 
 # %% ../nbs/10d_distributed.ipynb #b585a9d9
 def _explain(e, rank, world, timeout):
-    "The sentence for a failure of the network, or None where `e` is something else."
+    "What a failure of the network is to the reader: a `ProcessLost`, a `ValueError` for a port in use, or None where `e` is something else."
     said = ' '.join(str(e).split())
-    if isinstance(e, ProcessLost): return said
     if 'EADDRINUSE' in said or 'address already in use' in said.lower():
-        return f'port {os.environ.get("MASTER_PORT")} of {os.environ.get("MASTER_ADDR")} is in use by another program: set MASTER_PORT to a free one (torchrun: --master-port, or --standalone, which finds one)'
+        return ValueError(f'port {os.environ.get("MASTER_PORT")} of {os.environ.get("MASTER_ADDR")} is in use by another program: '
+                          'set MASTER_PORT to a free one (torchrun: --master-port, or --standalone, which finds one)')
     if 'dataloader' in said.lower() or not any(w in said.lower() for w in _LOST): return None      # a loader has time limits of its own
-    return (f'process {rank} of {world} ends: another one has ended or has not answered within {timeout:g} s. Its own output says why; '
-            f'checkpoints written so far are whole, and the same command goes on from the last. ({said[:150]})')
+    return ProcessLost(f'process {rank} of {world} ends: another one has ended or has not answered within {timeout:g} s. Its own output says why; '
+                       f'checkpoints written so far are whole, and the same command goes on from the last. ({said[:150]})')
 
 # %% ../nbs/10d_distributed.ipynb #fa1dc901
 @contextmanager
@@ -95,19 +95,22 @@ def process_group(backend=None, timeout=600., quiet=True):
     if env is None or dist.is_available() and dist.is_initialized(): yield rank_and_size()[0]; return
     if not dist.is_available(): raise ValueError('this build of torch has no torch.distributed: install one from pytorch.org')
     (rank, local, world, local_size), gpus = env, torch.cuda.device_count() if torch.cuda.is_available() else 0
-    backend = pick_backend(backend, local_size, gpus)
+    known = all(os.environ.get(k) for k in ('LOCAL_RANK', 'LOCAL_WORLD_SIZE'))
+    backend = pick_backend(backend, local_size if known else 1, gpus)
+    if 'nccl' in backend and not known and world > gpus:
+        raise ValueError(f'{world} processes are more than the {gpus} GPUs here, and LOCAL_RANK or LOCAL_WORLD_SIZE is not set, to tell each its own: torchrun sets both')
     if 'nccl' in backend: torch.cuda.set_device(local)
     try:
         store, rank, world = next(dist.rendezvous('env://', rank, world, timeout=timedelta(seconds=timeout)))
-        store = dist.PrefixStore(f'life {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)      # the addresses of a life before this one are dead
+        store = dist.PrefixStore(f'life {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)      # after a restart: not the addresses of processes that have ended
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
         with contextlib.ExitStack() as stack:
             if quiet and rank: stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, 'w'))))
             yield rank
+    except ProcessLost: raise
     except RuntimeError as e:
-        why = _explain(e, rank, world, timeout)
-        if why is None or isinstance(e, ProcessLost): raise
-        raise ProcessLost(why) from e
+        if (why := _explain(e, rank, world, timeout)) is None: raise
+        raise why from e
     finally:
         if dist.is_initialized(): dist.destroy_process_group()
 
@@ -184,7 +187,9 @@ def share(n, rank, world):
 
 # %% ../nbs/10d_distributed.ipynb #7a218ece
 _SAME = ('collate_fn', 'num_workers', 'pin_memory', 'timeout', 'worker_init_fn', 'multiprocessing_context', 'generator', 'prefetch_factor', 'persistent_workers')
-def _same(dl): return {k: getattr(dl, k) for k in _SAME}           # what a second loader of the same data is made with
+def _same(dl):
+    "The settings of a `DataLoader` that a second one of the same data is made with."
+    return {k: getattr(dl, k) for k in _SAME}
 
 # %% ../nbs/10d_distributed.ipynb #4d6c0226
 class _ShareOf(torch.utils.data.Dataset):
@@ -233,7 +238,9 @@ class ShareAny:
         if isinstance(dl, DataLoader) and dl.batch_sampler is not None:
             self.dl = DataLoader(dl.dataset, batch_sampler=_ShareBatches(dl.batch_sampler, rank, world, pad), **_same(dl))
     def __len__(self): return len(self.of)
-    def __getattr__(self, k): return getattr(self.__dict__['dl'], k)
+    def __getattr__(self, k):
+        if 'dl' not in vars(self): raise AttributeError(k)                     # a copy that is being made has nothing yet
+        return getattr(self.dl, k)
     def __iter__(self):
         for b in self.dl:
             if self.dl is not self.of: self.n = self.dl.batch_sampler.sizes.popleft()
@@ -249,6 +256,7 @@ def _rows(b, rows):
 
 @patch
 def cut(self: ShareAny, b):
+    "This process's rows of the batch `b`; where there are none, one row with `pad` and else None. Sets `n`."
     many = isinstance(b, (list, tuple))
     rows = share(batch_len(*b) if many else batch_len(b), self.rank, self.world)
     self.n = rows.stop - rows.start
@@ -363,6 +371,7 @@ def obey(self: Distributed, run, word, worst, who):
 # %% ../nbs/10d_distributed.ipynb #df5ca03c
 @patch
 def begin_fit(self: Distributed, run):
+    "In all processes but the first take away what draws and writes; in all bring the three helpers."
     (self.rank, self.world), self.outer = rank_and_size(), sys.exc_info()[1]
     self.on = self.world > 1
     if not self.on: return
@@ -398,11 +407,14 @@ class _Inside(nn.Module):
 # %% ../nbs/10d_distributed.ipynb #c4de1ed9
 _NO_BUFFERS = next(k for k in ('forward_sync_buffers', 'broadcast_buffers') if k in inspect.signature(DistributedDataParallel.__init__).parameters)      # its name, new and old
 
-def _sharded(model): return any(c.__name__ == 'FSDPModule' for c in type(model).__mro__)       # by name: importing FSDP takes long
+def _sharded(model):
+    "Has `fully_shard` been through this model?"
+    return any(c.__name__ == 'FSDPModule' for c in type(model).__mro__)       # by name: importing FSDP takes long
 
 # %% ../nbs/10d_distributed.ipynb #e5b2dc6a
 @patch
 def begin_fit(self: _Middle, run):
+    "Is everyone here, and about to do the same? Then share the data and make the DDP."
     d, p = self.d, next(run.model.parameters())
     if p.device.type == 'mps': raise ValueError("several processes cannot share Apple's GPU, and gloo does not know it: CudaCallback('cpu')")
     if 'gloo' not in dist.get_backend_config():                    # a group of the reader's own, for GPUs only: the words go between CPUs
@@ -438,6 +450,7 @@ def check(self: _Middle, run):
 # %% ../nbs/10d_distributed.ipynb #7d3f5146
 @patch
 def share_data(self: _Middle, run):
+    "For the time of the fit: loaders that give this process's rows."
     d, self.whole, run.data = self.d, run.data, copy.copy(run.data)
     run.data.train_dl = self.train_dl = shared(self.whole.train_dl, d.rank, d.world, pad=True, end=lambda: d.close(run))
     if self.whole.valid_dl is not None: run.data.valid_dl = shared(self.whole.valid_dl, d.rank, d.world)
@@ -452,6 +465,7 @@ def close(self: Distributed, run):
 # %% ../nbs/10d_distributed.ipynb #68fdbd31
 @patch
 def begin_batch(self: _Middle, run):
+    "DDP takes the model's place for the call."
     if not run.in_train: return
     for m in self.synced: m.here = float(self.d.n > 0)
     self.inside.f[0], ga = run.model, self.ga
@@ -461,9 +475,12 @@ def begin_batch(self: _Middle, run):
 
 # %% ../nbs/10d_distributed.ipynb #01d2c559
 @patch
-def after_pred(self: _Middle, run): run.model = self.model
+def after_pred(self: _Middle, run):
+    "The model is the reader's own again."
+    run.model = self.model
 @patch
 def after_cancel_batch(self: _Middle, run):
+    "The same; and the rows of a batch that is left do not count, but for those accumulated before it."
     run.model = self.model
     if self.ga is None or not self.ga.batches: self.total = 0
 
@@ -497,19 +514,22 @@ def put_aside(self: _Middle, run):
 # %% ../nbs/10d_distributed.ipynb #2849cedb
 @patch
 def after_backward(self: _Middle, run):
+    "A step follows: rows are counted anew."
     if self.ga is not None: self.total = 0                                             # it did not cancel: a step comes
 
 # %% ../nbs/10d_distributed.ipynb #7ba7b49e
 @patch
 def after_batch(self: _Middle, run):
+    "The loss becomes that of the whole batch."
     if not run.in_train: return
     self.work.wait()
-    run.loss = (self.sum/self.counted).to(self.loss.dtype)         # the loss of the whole batch, for all to see
+    run.loss = (self.sum/self.rows).to(self.loss.dtype)         # the loss of the whole batch, for all to see
     self.kept = [(s, s.totals, s.count) for s in self.d.stats_of(run)] if not self.d.n else []     # padding is not counted: see _Store
 
 # %% ../nbs/10d_distributed.ipynb #d84efe9d
 @patch
 def begin_epoch(self: Distributed, run):
+    "A meeting; all take over the random numbers of the first process."
     if not self.on: return
     self.meet(run)
     state = [rng_state()]
@@ -519,6 +539,7 @@ def begin_epoch(self: Distributed, run):
 # %% ../nbs/10d_distributed.ipynb #2186a33b
 @patch
 def begin_batch(self: Distributed, run):
+    "How many rows there are, and random numbers of this process's own."
     self.exposed = False
     if not self.on or not run.in_train: return
     self.stage, self.n, self.counted = 0, self.middle.train_dl.n, None
@@ -526,15 +547,19 @@ def begin_batch(self: Distributed, run):
 
 # %% ../nbs/10d_distributed.ipynb #bb156a5a
 @patch
-def after_pred(self: Distributed, run): self.exposed = False
+def after_pred(self: Distributed, run):
+    "The network has computed."
+    self.exposed = False
 @patch
 def after_backward(self: Distributed, run):
+    "The same; and gradients become means."
     self.exposed = False
     if self.on: self.middle.mend(run)
 
 # %% ../nbs/10d_distributed.ipynb #786e4301
 @patch
 def after_batch(self: Distributed, run):
+    "The third meeting, where the step was cancelled; and is a checkpoint due?"
     if not self.on or not run.in_train: return
     if self.stage == 2: self.last.third(run, STEP)                 # accumulation: no step this time
     self.counted = None
@@ -570,7 +595,7 @@ class _Last(Callback):
         if not run.in_train: return
         d, mid = self.d, self.d.middle
         d.meet(run, n=d.n)
-        mid.counted, mid.total, mid.sum = d.rows, mid.total + d.rows, mid.loss.detach().double()*d.n
+        mid.rows, mid.total, mid.sum = d.rows, mid.total + d.rows, mid.loss.detach().double()*d.n
         if mid.ga is None: mid.put_aside(run)
         mid.work, d.stage, d.exposed = dist.all_reduce(mid.sum, async_op=True), 2, True
     def after_backward(self, run): self.third(run)
@@ -586,14 +611,16 @@ def third(self: _Last, run, word=GOOD):
     d.stage = 3
     if word == GOOD: d.counted = run.n_iter + 1
     if mid.buffers:
-        flat = torch.cat([b.flatten().double() for b in mid.buffers])*(d.n/mid.counted)
+        flat = torch.cat([b.flatten().double() for b in mid.buffers])*(d.n/mid.rows)
         dist.all_reduce(flat)
         for b, t in zip(mid.buffers, flat.split([b.numel() for b in mid.buffers])): b.copy_(t.view_as(b))
     if skip: raise skip
 
 # %% ../nbs/10d_distributed.ipynb #6cc70e82
 @patch
-def stats_of(self: Distributed, run): return [s for cb in run.cbs if isinstance(cb, AvgStatsCallback) for s in cb.stats.values()]
+def stats_of(self: Distributed, run):
+    "All `AvgStats` of the fit, of training and of validation."
+    return [s for cb in run.cbs if isinstance(cb, AvgStatsCallback) for s in cb.stats.values()]
 
 # %% ../nbs/10d_distributed.ipynb #ffc5eac4
 @patch
@@ -609,6 +636,7 @@ def sum_stats(self: Distributed, run):
 # %% ../nbs/10d_distributed.ipynb #adc4b366
 @patch
 def after_epoch(self: Distributed, run):
+    "A meeting; metrics of all."
     if self.on: self.stage = 3; self.meet(run); self.sum_stats(run)
 
 # %% ../nbs/10d_distributed.ipynb #f12cad04
@@ -635,6 +663,7 @@ class _Store(Callback):
 # %% ../nbs/10d_distributed.ipynb #ee1f9162
 @patch
 def after_fit(self: Distributed, run):
+    "Tell of an error that is this process's own; put back what was changed."
     if not self.on: return
     self.on, e, mid = False, sys.exc_info()[1], self.middle
     try:

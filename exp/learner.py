@@ -27,6 +27,7 @@ from .callbacks import (EVENTS, NO_PASS, AvgStats, AvgStatsCallback, Callback, C
                            CancelFitException, Recorder, batch_len, check_events, column_names, get_hypers, metric_name)
 from .convnets import Hooks, get_cnn_model, init_cnn
 from .data_block import ItemLoader, MultiCategoryProcessor, show_images
+from .datasets import readable
 from .optimizers import LR_Find, listify, opt_snapshot, sgd_opt
 
 # %% ../nbs/09b_learner.ipynb #199ec7e0
@@ -102,6 +103,7 @@ def split_batch(b):
 # %% ../nbs/09b_learner.ipynb #9b1c6552
 @patch
 def one_batch(self: Learner, i, b):
+    "Batch `b`, number `i` of its pass: prediction, loss and, in training, a step, each with its event."
     self.iter, (self.xb, self.yb) = i, split_batch(b)
     labels = self.yb                                                # where the loader left them: on the CPU, as a rule
     try:
@@ -115,11 +117,15 @@ def one_batch(self: Learner, i, b):
 # %% ../nbs/09b_learner.ipynb #4bc5e912
 @patch
 def step(self: Learner):
+    "From the loss to new weights. Raises `ValueError` where the loss is not one number."
     if not torch.is_tensor(self.loss) or self.loss.numel() != 1: raise ValueError(_scalar_wanted(self))
     self.loss.backward()
     try:
         self('after_backward')
-        self.opt.step();                        self('after_step')
+        before = [dict(h) for h in get_hypers(self.opt)]
+        self.opt.step()
+        self.counters |= {k for h, old in zip(get_hypers(self.opt), before) for k in h if h[k] is not old.get(k)}
+        self('after_step')
     except CancelStepException: return                              # the gradients are kept for the next batch
     except CancelBatchException: self.opt.zero_grad(); raise
     self.opt.zero_grad()
@@ -216,10 +222,15 @@ def make_opt(self: Learner):
 # %% ../nbs/09b_learner.ipynb #09bready2
 @patch
 def ready_opt(self: Learner, reset=False):
-    "The optimizer there is, or a new one. Raises `ValueError` where that there is lacks parameters that train by now."
+    "The optimizer there is, or a new one. Raises `ValueError` where the present optimizer lacks parameters that are to be trained now."
     if self.opt is None or reset: self.opt = self.make_opt()
     elif lost := left_out(self.model, self.opt.param_groups):
         raise ValueError(f'the optimizer leaves out {lost}: when it was made they were frozen, or not of this model; reset_opt=True makes a new one')
+
+def _training(learn):
+    "The training loader. Raises `ValueError` where there is none."
+    if learn.data.train_dl is None: raise ValueError('there is no training data: data.train_dl is None')
+    return learn.data.train_dl
 
 # %% ../nbs/09b_learner.ipynb #c8e83891
 @patch
@@ -228,7 +239,7 @@ def fit(self: Learner, epochs, cbs=None, reset_opt=False, start=(0, 0)):
 
     `cbs` listen during this fit only. `reset_opt` starts the optimizer anew, with the learner's `lr` and splitter as they are now. `start`: epoch and batch to begin at, for a fit that was broken off."""
     if epochs < 0: raise ValueError(f'epochs must be 0 or more, not {epochs}')
-    if self.data.train_dl is None: raise ValueError('there is no training data to fit to')
+    _training(self)
     self.ready_opt(reset_opt)
     with self.this_fit(cbs):
         self.n_epochs, self.epoch, self.start = epochs, start[0], tuple(start)
@@ -245,9 +256,10 @@ def fit(self: Learner, epochs, cbs=None, reset_opt=False, start=(0, 0)):
 @contextmanager
 def this_fit(self: Learner, cbs=None):
     """What holds for one fit: `cbs` listen; at the end `after_fit` reaches every callback, whatever happened, and what they have
-    put in the place of model, data, loss, logger or hyper-parameters is the old one again."""
+    put in the place of model, data, loss, logger or hyper-parameters is the old one again (not what the optimizer's step itself counts among these)."""
     before, error = {k: getattr(self, k) for k in ('cbs', 'model', 'data', 'loss_func', 'logger')}, None
     hypers = [{k: v for k, v in h.items() if k != 'params'} for h in get_hypers(self.opt)]
+    self.counters = set()
     try:
         self.add_cbs(cbs)
         try: yield
@@ -259,7 +271,7 @@ def this_fit(self: Learner, cbs=None):
                 except Exception as e: error = error or e
     finally:
         for k, v in before.items(): setattr(self, k, v)
-        for h, old in zip(get_hypers(self.opt), hypers): h.update(old)
+        for h, old in zip(get_hypers(self.opt), hypers): h.update({k: v for k, v in old.items() if k not in self.counters})
         self.add_cbs([])
     if error: raise error
 
@@ -271,7 +283,9 @@ def get_learner(nfs, data, lr, layer, loss_func=F.cross_entropy, cb_funcs=None, 
 
 # %% ../nbs/09b_learner.ipynb #bc302d90
 def set_seed(seed, deterministic=False):
-    "Seeds torch (every device), numpy and random. `deterministic`: torch raises an error where an operation has no reproducible form."
+    """Seeds torch (every device), numpy and random. `deterministic`: torch raises an error where an operation has no reproducible form.
+
+    That is a switch of the whole process: a later `set_seed(seed)` leaves it on."""
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -294,13 +308,19 @@ def _set_rng_state(s):
     if s[4] is not None: torch.mps.set_rng_state(s[4])
 
 # %% ../nbs/09b_learner.ipynb #f7ec5b0e
-def _insides(o):
-    "Each list and dictionary in `o`, however deep, and what the sums of `AvgStats` are kept in, with a copy of what is in it: `[(o, copy)]`."
+def _changeable(o): return torch.is_tensor(o) and o.is_leaf and not o.is_inference() and o.layout is torch.strided and 0 not in o.stride()
+
+def _insides(o, tensors=False):
+    """Each list and dictionary in `o`, however deep, and what the sums of `AvgStats` are kept in, with a copy of what is in it: `[(o, copy)]`.
+
+    `tensors`: also each tensor in them that can be changed in place."""
     found, todo = {}, [o]
     while todo:
         o = todo.pop()
         if isinstance(o, AvgStats): o = vars(o)
-        if not isinstance(o, (list, dict)) or id(o) in found: continue
+        if id(o) in found: continue
+        if tensors and _changeable(o): found[id(o)] = o, o.detach().clone()
+        if not isinstance(o, (list, dict)): continue
         found[id(o)] = o, o.copy()
         todo += o.values() if isinstance(o, dict) else o
     return list(found.values())
@@ -310,7 +330,8 @@ def _insides(o):
 @contextmanager
 def untouched(self: Learner, weights=True):
     """What is done inside leaves no trace, also after an exception: weights, buffers, modes, gradients, optimizer, generators, place in
-    the data, counters, callbacks. `weights=False` is for looks that take no step and spares a copy of the parameters."""
+    the data, counters, callbacks and what is in their lists, dictionaries and tensors. `weights=False` is for looks that take no step: no
+    copy of the parameters is made, nor of the callbacks' tensors."""
     dls = [dl for n in ('train_dl', 'valid_dl', 'test_dl') if (dl := getattr(self.data, n, None)) is not None]
     samplers = [o for dl in dls for b in (dl, getattr(dl, 'batch_sampler', None)) for o in (b, getattr(b, 'sampler', None)) if o is not None]
     gens = [(g, g.get_state()) for g in _generators([*dls, *samplers, *self.cbs])]
@@ -319,15 +340,17 @@ def untouched(self: Learner, weights=True):
     modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     tensors = {n: t.detach().clone() for n, t in [*model.named_buffers(), *(model.named_parameters() if weights else [])]}
-    inside = _insides([state for _, state in theirs])
+    inside = _insides([state for _, state in theirs], tensors=weights)
     opt_back = opt_snapshot(self.opt) if weights and self.opt is not None else lambda: None
     try: yield self
     finally:
         for o, state in [(self, mine), *theirs]: vars(o).clear(); vars(o).update(state)
-        for o, was in inside: o.clear(); (o.extend if isinstance(o, list) else o.update)(was)
+        for o, was in inside:
+            if not torch.is_tensor(o): o.clear(); (o.extend if isinstance(o, list) else o.update)(was)
         opt_back()
         now = dict([*model.named_buffers(), *model.named_parameters()])
         with torch.no_grad():
+            for o, was in inside: o.copy_(was) if torch.is_tensor(o) else None
             for n, t in tensors.items(): now[n].copy_(t)
             for p, g, was in grads: p.grad = g if g is None else g.copy_(was)
         for m, on in modes: m.training = on
@@ -354,10 +377,13 @@ def looking(self: Learner, cbs=None, weights=False):
 # %% ../nbs/09b_learner.ipynb #4a2e40d6
 @patch
 def lr_find(self: Learner, min_lr=1e-6, max_lr=10., max_iter=100):
-    "Try rates from `min_lr` to `max_lr` on `max_iter` training batches with a new optimizer: an `LR_Find` with `plot()` and `suggestion`. Nothing is changed."
+    """Try rates from `min_lr` to `max_lr` on `max_iter` training batches with a new optimizer: an `LR_Find` with `plot()` and `suggestion`.
+
+    Nothing is changed. Raises `ValueError` where there is no training data."""
+    n = len(_training(self))
     with self.untouched():
         self.cbs, self.opt, self.logger = [cb for cb in self.cbs if not fit_only(cb)], None, lambda *args: None
-        self.fit(-(-max_iter//len(self.data.train_dl)), finder := LR_Find(max_iter, min_lr, max_lr))
+        self.fit(-(-max_iter//n), finder := LR_Find(max_iter, min_lr, max_lr))
     return finder
 
 # %% ../nbs/09b_learner.ipynb #4c0673d3
@@ -365,7 +391,9 @@ def lr_find(self: Learner, min_lr=1e-6, max_lr=10., max_iter=100):
 def fit_one_cycle(self: Learner, epochs, lr=None, pct_start=.25, div=25., final_div=1e5, moms=(.95, .85, .95), cbs=None, reset_opt=False, start=(0, 0)):
     """`fit` with one cycle: the rate from `lr/div` up to `lr` in the first `pct_start` of the time, down to `lr/final_div` in the rest.
 
-    `lr`: as in `Learner` (default: the learner's). `start`: as in `fit`; the cycle goes on from there. Momentum goes the other way, where the optimizer has one. Source: Smith 2018 (arXiv 1803.09820)."""
+    `lr`: as in `Learner` (default: the learner's). Momentum, where the optimizer has one, goes through `moms`: from the first to the second
+    as the rate goes up, to the third as it goes down (None: it stays). `reset_opt`, `start`: as in `fit`; the cycle goes on from `start`.
+    Source: Smith 2018 (arXiv 1803.09820)."""
     self.ready_opt(reset_opt)
     groups, pcts = get_hypers(self.opt), [pct_start, 1 - pct_start]
     def cycle(a, b, c): return combine_scheds(pcts, cos_1cycle_anneal(a, b, c))
@@ -385,6 +413,7 @@ def _distributed(): return torch.distributed.is_available() and torch.distribute
 
 # %% ../nbs/09b_learner.ipynb #14ab2dc6
 def _summed(stats):
+    "Sums (loss, metrics) and count of an `AvgStats`, over all processes."
     if not _distributed(): return stats.totals, stats.count
     totals, count = sum_over_processes(stats.totals.double(), torch.tensor(float(stats.count), dtype=torch.float64, device=stats.totals.device))
     return totals, count.item()
@@ -400,6 +429,7 @@ class SumStats(Callback):
 
 # %% ../nbs/09b_learner.ipynb #d4c59d9d
 class _Collect(Callback):
+    "Hands each batch of a look to `stats`, an `AvgStats`."
     _order = 10
     def __init__(self, stats): self.stats = stats
     def after_batch(self, run): self.stats.accumulate(run)
@@ -492,7 +522,7 @@ def predict(self: Learner, item):
 # %% ../nbs/09b_learner.ipynb #dde5d3f3
 @patch
 def show_results(self: Learner, n=8):
-    "`n` pictures from all over the validation set with what was predicted, and the truth where that was wrong. Nothing is changed."
+    "`n` pictures from all over the validation set with what was predicted, and the truth where that was wrong, in words (`readable`). Nothing is changed."
     ds = self.data.valid_ds
     n = min(n, len(ds))
     with self.untouched(weights=False): xs, ys = zip(*(ds[i*len(ds)//n] for i in range(n)))
@@ -501,17 +531,22 @@ def show_results(self: Learner, n=8):
     said = [self.decode(p)[0] for p in pred.cpu()]
     source = getattr(self.data, 'source', None)
     true = [source.train.y.deproc(y) if source is not None else y.tolist() for y in yb]
-    titles = [f'{s}' if s == t else f'{s}\nnot: {t}' for s, t in zip(said, true)]
+    titles = [readable(s) if s == t else f'{readable(s)}\nnot: {readable(t)}' for s, t in zip(said, true)]
     right = sum(s == t for s, t in zip(said, true))
-    return show_images(xb, titles, f'{right} of {len(said)} right')
+    return show_images(xb, titles, f'{right} of {len(said)} right', cols=min(n, 8))
 
 # %% ../nbs/09b_learner.ipynb #1fd6d311
+def _opt_name(f):
+    steppers = listify(getattr(f, 'keywords', {}).get('steppers'))
+    return metric_name(f) + (f' ({", ".join(map(metric_name, steppers))})' if steppers else '')
+
 @patch
 def summary(self: Learner):
-    "Prints each layer with the shape of its output and its number of parameters, as the first training batch goes through. Nothing is changed."
-    rows, names = [], {m: n for n, m in self.model.named_modules()}
+    """Prints each layer with the shape of its output and its number of parameters, as the first training batch goes through.
+
+    Nothing is changed. Raises `ValueError` where there is no training data."""
+    dl, rows, names = _training(self), [], {m: n for n, m in self.model.named_modules()}
     def note(hook, mod, inp, out): rows.append((names[mod], type(mod).__name__, tuple(out.shape) if torch.is_tensor(out) else type(out).__name__, mod))
-    dl = self.data.train_dl
     with self.untouched(weights=False):
         b = dl.first() if hasattr(dl, 'first') else next(iter(dl))
         with Hooks([m for m in self.model.modules() if not list(m.children())], note):
@@ -522,7 +557,7 @@ def summary(self: Learner):
         n, frozen = sum(p.numel() for p in mod.parameters()), any(not p.requires_grad for p in mod.parameters())
         print(f'{name:<24} {kind:<20} {str(out):<22} {n:>12,}{" frozen" if frozen else ""}')
     print(f'{sum(p.numel() for p in ps):,} parameters, {sum(p.numel() for p in ps if p.requires_grad):,} of them train; '
-          f'loss {metric_name(self.loss_func)}, optimizer {metric_name(self.opt_func)}, lr {self.lr}')
+          f'loss {metric_name(self.loss_func)}, optimizer {_opt_name(self.opt_func)}, lr {self.lr}')
 
 # %% ../nbs/09b_learner.ipynb #bad1aff3
 class GradientAccumulation(Callback):
@@ -575,7 +610,7 @@ class _Watch(Callback):
 class EarlyStopping(_Watch):
     """Ends the fit once `monitor`, a column of the table, has not improved by more than `min_delta` for `patience` epochs.
 
-    `bigger`: whether more is better (None: unless its name tells of a loss or an error). Raises `ValueError` where there is no such column. A `Checkpoint` has not seen the last epoch: a restart trains it again."""
+    `bigger`: whether more is better (None: unless its name tells of a loss or an error). Raises `ValueError` where there is no such column. A `Checkpoint` (notebook 09d) has not seen the last epoch: a restart trains it again."""
     _order = 900                                    # after those that log the epoch, which would miss it
     def __init__(self, monitor='valid_loss', patience=2, min_delta=0., bigger=None): super().__init__(monitor, bigger); self.patience, self.min_delta = patience, min_delta
     def begin_fit(self, run): super().begin_fit(run); self.waited = 0
@@ -625,8 +660,11 @@ class CSVLogger(Callback):
         with open(self.path, newline='', encoding='utf-8') as f: old, *rows = [*csv.reader(f)] or [heads]
         if old != heads: raise ValueError(f'{self.path} has the columns {",".join(old)} and this fit has {",".join(heads)}: give it another file')
         n, (epoch, batch) = len(rows), getattr(run, 'start', (0, 0))
-        while n and (epoch or batch) and int(rows[n-1][0]) >= epoch and (n == len(rows) or int(rows[n-1][0]) < int(rows[n][0])): n -= 1
-        if n < len(rows):                                               # epochs that will be trained once more
+        while (n and (epoch or batch)                                   # a fit from the beginning replaces nothing;
+               and int(rows[n-1][0]) >= epoch                           # one that goes on, the epochs that it trains again,
+               and (n == len(rows) or int(rows[n-1][0]) < int(rows[n][0]))):      # but none of a fit before: there the count falls
+            n -= 1
+        if n < len(rows):
             with open(self.path, 'w', newline='', encoding='utf-8') as f: csv.writer(f).writerows([old, *rows[:n]])
     def after_epoch(self, run):
         row = _last_row(run)

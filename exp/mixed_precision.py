@@ -6,7 +6,7 @@
 __all__ = ['cpu_bf16', 'native_dtype', 'no_autocast_because', 'MixedPrecision', 'ChannelsLast', 'no_compile_because', 'Compile']
 
 # %% ../nbs/10c_mixed_precision.ipynb #12ef2a5f
-import copy, importlib.util, itertools, os, shutil, statistics, sys, time, warnings
+import copy, importlib.util, itertools, math, os, shutil, statistics, sys, time, warnings
 from pathlib import Path
 
 import torch
@@ -84,7 +84,9 @@ class MixedPrecision(Callback):
     """The model runs under autocast in `dtype`; weights, loss and optimizer stay float32. For float16 the loss is scaled, and a step with infinite gradients is skipped.
 
     `dtype` None: the type in which the device computes by itself; where there is none it says so and changes nothing. A type that is given is
-    used, native or not; `ValueError` where torch cannot. `skipped`: steps thrown away in this fit. Source: Micikevicius et al. 2018 (arXiv 1710.03740)."""
+    used, native or not (also 'bf16', 'fp16'); `ValueError` where torch cannot. Validation within the fit is in 16 bits too. For float16: the first scale
+    is `init_scale`, doubled after `growth_interval` steps without overflow; `skipped` counts the steps thrown away in this fit, and `patience` of them in a
+    row end it with `FloatingPointError`. Source: Micikevicius et al. 2018 (arXiv 1710.03740)."""
     _order, _fit_only, patience = 8, True, 25
     def __init__(self, dtype=None, init_scale=2.**16, growth_interval=2000):
         self.want = {'bf16': torch.bfloat16, 'fp16': torch.float16}.get(dtype, dtype)
@@ -95,6 +97,7 @@ class MixedPrecision(Callback):
 # %% ../nbs/10c_mixed_precision.ipynb #1a456235
 @patch
 def begin_fit(self: MixedPrecision, run):
+    "Choose the type, once more for each fit. Raises `ValueError` for a model in 16 bits, and for a type that was asked for and does not work."
     p = next(run.model.parameters())
     if half := [n for n, p in run.model.named_parameters() if p.dtype in (torch.float16, torch.bfloat16)]:
         raise ValueError(f'the weights {half[0]} are in 16 bits already: mixed precision wants the model in float32, model.float()')
@@ -143,12 +146,14 @@ def _zero_unused(model):
 # %% ../nbs/10c_mixed_precision.ipynb #2c681630
 @patch
 def begin_batch(self: MixedPrecision, run):
+    "Autocast on, for training and validation."
     self.leave(run)
     if run.in_train and self.waited: self.hold(run)
     if self.dtype: self.context = torch.autocast(self.device.type, self.dtype); self.context.__enter__()
 
 @patch
 def leave(self: MixedPrecision, run):
+    "Autocast off, where it is on."
     if self.context is not None: self.context.__exit__(None, None, None); self.context = None
 
 MixedPrecision.after_cancel_batch = MixedPrecision.after_cancel_epoch = MixedPrecision.leave
@@ -156,6 +161,7 @@ MixedPrecision.after_cancel_batch = MixedPrecision.after_cancel_epoch = MixedPre
 # %% ../nbs/10c_mixed_precision.ipynb #533822e0
 @patch
 def after_fit(self: MixedPrecision, run):
+    "Autocast off, whatever has ended the fit, and the hooks off the convolutions."
     self.leave(run)
     for h in self.hooks: h.remove()
     self.hooks = ()
@@ -163,6 +169,7 @@ def after_fit(self: MixedPrecision, run):
 # %% ../nbs/10c_mixed_precision.ipynb #e1d568a4
 @patch
 def after_pred(self: MixedPrecision, run):
+    "Autocast off; predictions, and so the loss, in float32."
     self.leave(run)
     if self.dtype: run.pred = _float(run.pred)
 
@@ -177,6 +184,7 @@ def hold(self: MixedPrecision, run):
 # %% ../nbs/10c_mixed_precision.ipynb #8cb7c8de
 @patch
 def after_loss(self: MixedPrecision, run):
+    "Scale the training loss for its way back, and keep the true one."
     if self.scaler is None or not run.in_train: return
     self.since += 1                                                     # batches since the last step
     self.loss, run.loss = run.loss, self.scaler.scale(run.loss)
@@ -185,6 +193,7 @@ def after_loss(self: MixedPrecision, run):
 # %% ../nbs/10c_mixed_precision.ipynb #e2b1385d
 @patch
 def after_backward(self: MixedPrecision, run):
+    "True loss and true gradients again; no step (`CancelStepException`) where one is not finite. After `patience` of these `FloatingPointError`."
     if self.scaler is None: return
     if run.loss is self.scaled: run.loss = self.loss                    # accumulation, if it is there, has put the true loss back
     self.scaled, grads = None, _Grads(run.opt.param_groups)
@@ -194,18 +203,23 @@ def after_backward(self: MixedPrecision, run):
     if grads.finite: self.since = self.in_a_row = 0; return
     self.skipped, self.waited, self.since, self.in_a_row = self.skipped + 1, self.waited + self.since, 0, self.in_a_row + 1
     if self.in_a_row == self.patience:
-        raise FloatingPointError(f'{self.patience} steps in a row had infinite gradients (loss {run.loss.item():.4g}): a lower scale does not help, the network itself '
-                                 'leaves the range of float16 or diverges; try torch.bfloat16, or a lower learning rate')
+        loss, many = run.loss.item(), f'{self.patience} steps in a row'
+        raise FloatingPointError(f'{many} had infinite gradients (loss {loss:.4g}): a lower scale does not help, the network itself leaves the range of float16 or diverges; '
+                                 'try torch.bfloat16, or a lower learning rate' if math.isfinite(loss) else
+                                 f'{many} were thrown away, for the loss itself is {loss}, before any scaling: look for the reason in the data, the loss or the model; where it is '
+                                 'well in float32, without MixedPrecision, the network leaves the range of float16, and torch.bfloat16 may do')
     for p in ps: p.grad = None                                          # without gradients an optimizer changes nothing
     if isinstance(run, Learner): raise CancelStepException
 
 # %% ../nbs/10c_mixed_precision.ipynb #a20fbcc5
 @patch
 def state_dict(self: MixedPrecision):
+    "The scale, and what was skipped: for `Checkpoint`."
     return {'scaler': self.scaler.state_dict() if self.scaler is not None else None, **{k: getattr(self, k) for k in ('skipped', 'waited', 'since', 'in_a_row')}}
 
 @patch
 def load_state_dict(self: MixedPrecision, sd):
+    "Go on from a `state_dict`; `begin_fit` comes first."
     if self.scaler is not None and sd['scaler'] is not None: self.scaler.load_state_dict(sd['scaler'])
     for k in ('skipped', 'waited', 'since', 'in_a_row'): setattr(self, k, sd[k])
 
@@ -216,12 +230,11 @@ def _lay(t, stride):
 
 # %% ../nbs/10c_mixed_precision.ipynb #f866ecac
 class ChannelsLast(Callback):
-    "For the time of a fit the weights of convolutions, the optimizer's state of them, and each batch of pictures (N, C, H, W) lie channels last in memory. Afterwards as found."
+    "For the time of a fit all weights and buffers of four axes, the optimizer's state of them, and each batch of pictures (N, C, H, W) lie channels last in memory. Afterwards as found."
     _order, _fit_only, found = 4, True, ()
     def begin_fit(self, run):
-        ps = [p for p in run.model.parameters() if p.dim() == 4]
-        self.found = [(p, p.stride()) for p in ps]
-        run.model.to(memory_format=torch.channels_last)
+        self.found = [(t, t.stride()) for t in (*run.model.parameters(), *run.model.buffers()) if t.dim() == 4 and 0 not in t.stride()]
+        for t, _ in self.found: t.data = t.data.to(memory_format=torch.channels_last)       # `model.to` would put other buffers in their place
         self.follow(run)
     def follow(self, run):
         "Lay the optimizer's state as its parameters lie."
@@ -261,7 +274,8 @@ class _Tries:
 
 # %% ../nbs/10c_mixed_precision.ipynb #15df6d30
 class Compile(Callback):
-    """The model's training batches (tensors) of the usual shape run through `torch.compile(model, **kwargs)`; all others, and validation, as they are.
+    """The model's training batches (tensors) of the usual shape, that of the fit's first one, run through `torch.compile(model, **kwargs)`; all others, and
+    validation, as they are. (So of crops that grow only those of the first size are compiled.)
 
     At the end of the fit it says what compiling took, and with `compare=n` (n batches run uncompiled first) from which batch on that pays.
     Weights, `state_dict` and the model itself stay the reader's. Where there is no compiler it says so and changes nothing."""
@@ -269,6 +283,7 @@ class Compile(Callback):
     def __init__(self, compare=0, **kwargs):
         self.compare, self.kwargs, self.compiled, self.of, self.model, self.why = compare, kwargs, None, None, None, None
     def begin_fit(self, run):
+        "Wrap the model, or say why not."
         self.device, self.logger, self.shape, self.times = next(run.model.parameters()).device, run.logger, None, {'plain': [], 'first': [], 'compiled': []}
         self.why = None if self.kwargs.get('backend', 'inductor') != 'inductor' else no_compile_because(self.device)
         if self.why: run.logger(f'Compile: {self.why}. Training goes on uncompiled.')
@@ -277,11 +292,13 @@ class Compile(Callback):
 # %% ../nbs/10c_mixed_precision.ipynb #6272d63f
 @patch
 def failed(self: Compile, e):
+    "What `_Tries` calls: say why, and compile no more."
     self.why, self.kind = f'{type(e).__name__}: {" ".join(str(e).split())[:200]}', None
     self.logger(f'Compile: torch could not compile this model ({self.why}). Training goes on uncompiled.')
 
 @patch
 def after_fit(self: Compile, run):
+    "Say what it cost."
     self.back(run)
     if getattr(self, 'times', None) and self.times['first']: run.logger(f'Compile: {self.cost()}')
     self.times = None
@@ -289,6 +306,7 @@ def after_fit(self: Compile, run):
 # %% ../nbs/10c_mixed_precision.ipynb #b53add9a
 @patch
 def begin_batch(self: Compile, run):
+    "Put the compiled model in the model's place, for a training batch of the usual shape."
     self.back(run)
     self.kind = None
     if not run.in_train or self.why or not torch.is_tensor(run.xb): return
@@ -302,16 +320,19 @@ def begin_batch(self: Compile, run):
 # %% ../nbs/10c_mixed_precision.ipynb #33785692
 @patch
 def back(self: Compile, run):
+    "The model itself again."
     if self.model is not None: run.model, self.model = self.model, None
 Compile.after_pred = Compile.after_cancel_batch = Compile.after_cancel_epoch = Compile.back
 
 @patch
 def after_batch(self: Compile, run):
+    "Note the time."
     if self.kind and (self.kind == 'plain' or len(self.times[self.kind]) < 50): self.times[self.kind].append(self.clock() - self.now)
 
 # %% ../nbs/10c_mixed_precision.ipynb #726c3f81
 @patch
 def clock(self: Compile):
+    "Seconds, when what was asked of the device is done."
     if len(self.times['compiled']) < 50:                                      # as long as we measure: what is asked for must be done
         if self.device.type == 'cuda': torch.cuda.synchronize(self.device)
         if self.device.type == 'mps': torch.mps.synchronize()

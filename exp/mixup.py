@@ -46,6 +46,7 @@ def draw_shares(n, alpha, gen):
 
 # %% ../nbs/10b_mixup.ipynb #40e73e84
 def _setting(loss_func, name, default=None):
+    "What `loss_func` has as `name`, by keyword or attribute; else `default`."
     return getattr(loss_func, 'keywords', {}).get(name, getattr(loss_func, name, default))       # of a partial, or of an object
 
 def _ignored(loss_func, default=None):
@@ -72,10 +73,21 @@ def _unreduced(loss_func):
     return partial(loss_func, reduction='none') if takes else None
 
 # %% ../nbs/10b_mixup.ipynb #1946c9eb
+def _mean_or_sum(l, whole):
+    "Which of the two `whole`, the loss of a batch, is of the losses `l` (N,) of its items. Raises `ValueError` where it is neither, by more than 1 %."
+    l, whole = l.detach().float(), whole.detach().float()
+    if not (l.isfinite().all() and whole.isfinite().all()): return 'mean'                    # nothing to compare: it comes out NaN or infinite
+    off = {how: ((f(l) - whole).abs().max()/f(l.abs()).clamp(min=1e-30)).item() for how, f in (('mean', torch.mean), ('sum', torch.sum))}
+    how = min(off, key=off.get)
+    if off[how] > .01: raise ValueError("the loss of this batch is neither the mean nor the sum of its items' losses (class weights inside?): "
+                                        "a loss with a reduction is wanted, which can be 'none'")
+    return how
+
 def item_losses(loss_func, pred, yb):
     """`(sums, counts)`, each (N,): an item's part of a loss, and of what that is divided by; `sums.sum()/counts.sum()` is `loss_func(pred, yb)`.
 
-    A loss without a `reduction` (argument or attribute), or that does not follow it, is called on each item by itself: it must be a mean or sum over items."""
+    A loss without a `reduction` (argument or attribute), or that does not follow it, is called on each item by itself and once on all: it must be
+    an unweighted mean or sum over items, else `ValueError`."""
     f, how, l = _unreduced(loss_func), _setting(loss_func, 'reduction', 'mean'), None
     try: l = None if f is None else f(pred, yb)
     except (ValueError, KeyError, NotImplementedError): pass            # it has the argument, and knows no 'none'; any other fault comes again below
@@ -84,6 +96,7 @@ def item_losses(loss_func, pred, yb):
         l = torch.stack([loss_func(pred[i:i+1], yb[i:i+1]) for i in range(len(pred))])
         if l.isnan().any() and pred.isfinite().all():
             raise ValueError("the loss of an item by itself is NaN (an ignored label?): a loss with a reduction is wanted, which can be 'none'")
+        how = _mean_or_sum(l, loss_func(pred, yb))
     counts = torch.ones_like(l)
     if each and not yb.is_floating_point() and yb.shape == l.shape:     # class indices: torch's mean has weights, and leaves some out
         ignored, weight = _ignored(loss_func, -100 if pred.dim() > yb.dim() else None), _setting(loss_func, 'weight') if _by_weight(loss_func) else None
@@ -105,10 +118,14 @@ class LossWrapper:
 
 # %% ../nbs/10b_mixup.ipynb #82e4c5a9
 @patch
-def put_on(self: LossWrapper, run): run.loss_func = self; return self
+def put_on(self: LossWrapper, run):
+    "Become the loss of `run`, around the one that it has."
+    run.loss_func = self
+    return self
 
 @patch
 def take_off(self: LossWrapper, run):
+    "Leave the row of wrappers around the loss of `run`, wherever in it; nothing happens where it is left already."
     at = run
     while at.loss_func is not self:
         if not isinstance(at.loss_func, LossWrapper): return            # it is off already
@@ -143,6 +160,7 @@ class Mixer(Callback):
 # %% ../nbs/10b_mixup.ipynb #1484eeb1
 @patch
 def __call__(self: Mixer, xb):
+    "`(mixed, lam, perm)`: row i is `lam[i]` of `xb[i]` and the rest of `xb[perm[i]]`; `lam` (N,) or (1,), `perm` (N,), both on the CPU."
     lam = draw_shares(len(xb) if self.each else 1, self.alpha, self.gen)
     perm = torch.randperm(len(xb), generator=self.gen)
     xm, lam = self.mix(xb, lam, perm.to(xb.device))
@@ -151,6 +169,7 @@ def __call__(self: Mixer, xb):
 # %% ../nbs/10b_mixup.ipynb #72bf1b87
 @patch
 def begin_fit(self: Mixer, run):
+    "Put a `MixLoss` around the loss. Raises `ValueError` for a second mixer, and where `stop` leaves nothing to mix."
     if others := [type(cb).__name__ for cb in run.cbs if isinstance(cb, Mixer) and cb is not self]:
         raise ValueError(f'{type(self).__name__} and {others[0]} would both mix the batch: OneOf({type(self).__name__}(), {others[0]}()) takes turns')
     self.off = self.stop if isinstance(self.stop, int) else self.stop*run.n_epochs                        # in epochs
@@ -160,6 +179,7 @@ def begin_fit(self: Mixer, run):
 # %% ../nbs/10b_mixup.ipynb #9fc8af9b
 @patch
 def begin_batch(self: Mixer, run):
+    "Mix a training batch and tell the loss how; validation, and what comes after `stop`, stays plain."
     self.loss.set()
     if not run.in_train or run.epoch + run.iter/run.iters >= run.n_epochs - self.off: return
     if not torch.is_tensor(run.xb): raise ValueError(f'{type(self).__name__} mixes a tensor; this batch is a {type(run.xb).__name__}')
@@ -169,6 +189,7 @@ def begin_batch(self: Mixer, run):
 # %% ../nbs/10b_mixup.ipynb #f526ec3d
 @patch
 def after_fit(self: Mixer, run):
+    "Take the loss off again."
     if self.loss is not None: self.loss.take_off(run); self.loss = None
 
 # %% ../nbs/10b_mixup.ipynb #6fb0ee70
@@ -214,14 +235,16 @@ class CutMix(Mixer):
 
 # %% ../nbs/10b_mixup.ipynb #ee7b0b1e
 class OneOf(Mixer):
-    "For each batch one of `mixers`, drawn with equal chances: `OneOf(Mixup(.4), CutMix())`. They draw from its generator; `stop` is its own."
+    "For each batch one of `mixers`, drawn with equal chances: `OneOf(Mixup(.4), CutMix())`. `seed` and `stop` are its own; those of `mixers` do not count."
     def __init__(self, *mixers, stop=0, seed=0):
         if not mixers: raise ValueError('OneOf needs mixers to choose from: OneOf(Mixup(), CutMix())')
         if any(isinstance(m, OneOf) for m in mixers): raise ValueError('a OneOf in another would draw from a generator that no checkpoint finds: name all mixers in one')
         super().__init__(stop=stop, seed=seed)
         self.mixers = mixers
         for m in mixers: m.gen = self.gen                               # one state, which a checkpoint finds
-    def __call__(self, xb): return self.mixers[torch.randint(len(self.mixers), (), generator=self.gen).item()](xb)
+    def __call__(self, xb):
+        "As one of the mixers does it."
+        return self.mixers[torch.randint(len(self.mixers), (), generator=self.gen).item()](xb)
 
 # %% ../nbs/10b_mixup.ipynb #0ee83271
 def distill_loss(pred, teacher, T=20.):
@@ -254,6 +277,7 @@ class Distillation(Callback):
 # %% ../nbs/10b_mixup.ipynb #f25f167f
 @patch
 def after_pred(self: Distillation, run):
+    "Ask the teacher about a training batch as the student saw it. Raises `ValueError` where it has other classes."
     self.loss.scores = None
     if not run.in_train: return
     with torch.no_grad(): scores = self.teacher(run.xb)
@@ -262,6 +286,7 @@ def after_pred(self: Distillation, run):
 
 @patch
 def after_fit(self: Distillation, run):
+    "Take the loss off, and give each layer of the teacher its old mode."
     if self.loss is None: return
     self.loss.take_off(run); self.loss = None
     for m, on in self.modes: m.training = on

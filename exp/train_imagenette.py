@@ -156,7 +156,7 @@ RECIPES = dict(
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b0001e
 def get_recipe(name=None, device='cpu', **changes):
-    """The settings of recipe `name` with `changes`, of which None means none. Raises `ValueError` for an unknown name.
+    """The settings of recipe `name` with `changes`, of which None means none. Raises `ValueError` for an unknown name or setting, or crops without `tfms` that crop.
 
     `name` None: `gpu` on an NVIDIA GPU, `cpu16` on a processor that computes in bfloat16, else `cpu`."""
     kind = torch.device(device).type
@@ -174,7 +174,7 @@ def get_recipe(name=None, device='cpu', **changes):
 def get_training(data, recipe, device=None, seed=42, cbs=()):
     """A `Learner` on `data` (an `ItemBunch` of bytes), ready to `fit(recipe['epochs'])`. Seeds torch with `seed`.
 
-    `recipe`: the name of one, or the settings that `get_recipe` gives."""
+    `recipe`: the name of one, or the settings that `get_recipe` gives. `device`: None, the best there is. `cbs`: callbacks beside the recipe's."""
     r = get_recipe(recipe) if isinstance(recipe, str) else recipe
     torch.manual_seed(seed)
     model = ARCHS[r['arch']](data.c_in, data.c_out, width=r['width']).to(memory_format=torch.channels_last)
@@ -190,6 +190,7 @@ def get_training(data, recipe, device=None, seed=42, cbs=()):
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00027
 def _number(kind, low, high=float('inf')):
+    "A parser of numbers of `kind` (int, float) from `low` to `high`, for argparse."
     def parse(s):
         v = kind(s)
         if not low <= v <= high: raise argparse.ArgumentTypeError(f'{s} is not between {low} and {high}')
@@ -199,6 +200,7 @@ def _number(kind, low, high=float('inf')):
 
 # %% ../nbs/11b_train_imagenette.ipynb #dafd2ea8
 def _sizes(s):
+    "'48-80' as (48, 80), '64' as (64, 64), for argparse."
     try: first, last = (int(n) for n in s.split('-')) if '-' in s else (int(s),)*2
     except ValueError: raise argparse.ArgumentTypeError(f'{s!r} is no size, say 64, and no two, say 48-80') from None
     if not (8 <= first <= 1024 and 8 <= last <= 1024): raise argparse.ArgumentTypeError(f'{s} is not between 8 and 1024')
@@ -206,6 +208,7 @@ def _sizes(s):
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00028
 def _recipe_options(p):
+    "Add to the parser `p` an option for each setting of a recipe."
     g = p.add_argument_group('the recipe, and what to change in it')
     add, number = g.add_argument, _number
     add('--recipe', choices=list(RECIPES), help='the settings to start from (gpu where there is an NVIDIA GPU, cpu16 on a processor that computes in bfloat16, else cpu)')
@@ -232,7 +235,7 @@ def get_parser():
     p.add_argument('--data', help='imagenette, sample, or a folder with train/CLASS/ and val/CLASS/ (default: Imagenette where it can be had, else the sample)')
     _recipe_options(p)
     on = argparse.BooleanOptionalAction
-    p.add_argument('--bf16', action=on, help='compute in 16 bits where the device does so by itself (default); --bf16: everywhere')
+    p.add_argument('--bf16', action=on, help='compute in 16 bits where the device does so by itself (default); --bf16: everywhere; --no-bf16 on a processor: the recipe cpu, if none is named')
     p.add_argument('--compile', action=on, help='torch.compile the network: a minute at first, sometimes faster after that')
     p.add_argument('--seed', type=_number(int, 0), help='seed of weights, order and crops (42)')
     p.add_argument('--runs', type=_number(int, 1), help='train this many times, with seeds that follow each other; mean and standard deviation')
@@ -262,7 +265,8 @@ OTHERS = dict(compile=False, seed=42, runs=1)                               # wh
 def settle(a):
     """All settings of the parsed options `a`, as a dictionary of plain values: the recipe's, and what was changed. `a.log_dir` is set.
 
-    With `--resume`: those of the run in `a.log_dir`, if there is one. Raises `DataError` where an option contradicts them."""
+    With `--resume`: those of the run in `a.log_dir`, if there is one. Without `--recipe`, `--no-bf16` on a processor means recipe `cpu`.
+    Raises `DataError` where an option contradicts the run's, and the `ValueError`s of `get_recipe`."""
     given = {k: v for k, v in vars(a).items() if k in ('data', 'recipe', 'bf16', *OTHERS, *RECIPES['cpu']) and v is not None}
     runs = sorted(Path('runs').glob('*/config.json'), key=lambda f: f.stat().st_mtime)
     if a.resume and not a.log_dir and not runs: raise DataError('--resume: there is no run in runs/; --log-dir DIR names another place')
@@ -281,7 +285,9 @@ def _begun_with(file):
     try: old = json.loads(file.read_text())
     except ValueError as e: raise DataError(f'{file}: cannot be read ({e})') from None
     return {**RECIPES.get(old.get('recipe'), {}), **old}
+
 def _same_settings(given, old, file):
+    "`old`, the settings that `file` holds, where none of `given` contradicts them. Raises `DataError`."
     for k, v in given.items():
         v = list(v) if isinstance(v, tuple) else v
         if k == 'data' and old.get(k) and Path(v).resolve() == Path(old[k]).resolve(): continue        # the same folder by another name
@@ -320,7 +326,7 @@ def get_cbs(c, folder, stats, tensorboard=False):
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00030
 def free_bs(n, bs=16):
-    "The batch size nearest below `bs` that does not leave a last batch of one of `n` pictures: batch norm wants two."
+    "`bs`, or the nearest batch size below it with which `n` pictures leave no last batch of one: batch norm wants two."
     return next((b for b in range(bs, 1, -1) if n % b != 1), bs)
 
 def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda: None):
@@ -361,7 +367,10 @@ def from_first(f):
     return box[0][0]
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00034
-def _keep(file, r): write_atomic(file, lambda f: f.write(json.dumps(_no_nan(r), indent=1).encode()))
+def _keep(file, r):
+    "Write the dictionary `r` to `file` as JSON, whole or not at all."
+    write_atomic(file, lambda f: f.write(json.dumps(_no_nan(r), indent=1).encode()))
+
 def _kept(folder):
     "The result of a training that was finished before this one was broken off, else None."
     done = all((folder/f).exists() for f in ('result.json', 'model.pt'))
@@ -404,7 +413,8 @@ def main(args=None):
             if a.json: open(a.json, 'a').close()                        # before the training, not after it
             r = train(a, done)
             if a.json: rank0_only(_keep)(Path(a.json), r)
-            print(f"the model, for pictures of yours: exp-predict {r['model']} PICTURE…\n{result_line(r)}", flush=True)
+            which = f" of seed {r['seed']}" if 'std' in r else ''
+            print(f"the model{which}, for pictures of yours: exp-predict {r['model']} PICTURE…\n{result_line(r)}", flush=True)
         return 0
     except KeyboardInterrupt: return _complain(f'interrupted {_how_far(a, done)}', 130, os.environ.get('RANK', '0') == '0')
     except ProcessLost as e: print(f'exp-train: {e}', file=sys.stderr); return 3                     # it names its process itself
@@ -419,6 +429,7 @@ def _complain(said, status, aloud=True):
 
 # %% ../nbs/11b_train_imagenette.ipynb #9e1307da
 def _how_far(a, done):
+    "How far the training that was broken off had come, and the command that goes on."
     rows = [r for r in done[-1].rows if r['valid_accuracy'] == r['valid_accuracy']] if done else []
     n = len(done[-1].rows) if done else 0
     best = f', accuracy {rows[-1]["valid_accuracy"]:.3f} after epoch {rows[-1]["epoch"]}' if rows else ''

@@ -124,7 +124,7 @@ class GeneralCrop:
 
 # %% ../nbs/10_transforms.ipynb #c0a0c5fe
 class CenterCrop(GeneralCrop):
-    "The middle of a PIL image at `size`, a `scale`-th of the largest box that fits: for validation, where training sees random crops."
+    "The middle of a PIL image at `size`: the largest box that fits, its sides divided by `scale`. For validation, where training sees random crops."
     def __init__(self, size, scale=1.14, resample=BILINEAR):
         super().__init__(size, resample=resample)
         self.scale, self.draft = scale, math.ceil(2*scale*max(self.size))
@@ -145,6 +145,7 @@ class RandomResizedCrop(GeneralCrop):
         if not 0 < self.ratio[0] <= self.ratio[1]: raise ValueError(f'ratio is (narrowest, widest), both positive, not {ratio}')
         self.draft = math.ceil(2*max(self.size)/math.sqrt(self.scale[0]*min(self.ratio[0], 1/self.ratio[1])))
     def get_corners(self, w, h, wc=None, hc=None):
+        "A new box in a picture of `w` × `h` pixels. The size that a `GeneralCrop` would hand over, `wc` and `hc`, is drawn as well, so what is given is not used."
         (lo, hi), logs = self.scale, [math.log(r) for r in self.ratio]
         for _ in range(10):
             a, r, x, y = torch.rand(4, generator=self.generator, dtype=torch.float64).tolist()
@@ -176,6 +177,7 @@ def homography(src, dst):
 
 # %% ../nbs/10_transforms.ipynb #fd8ab478
 def _four_to_four(src, dst):
+    "The matrices (…, 3, 3) from four points (…, 4, 2) to four others, whether that makes sense or not; `homography` asks first."
     (x, y), (u, v) = src.unbind(-1), dst.unbind(-1)
     o, l = torch.zeros_like(x), torch.ones_like(x)
     A = torch.cat([torch.stack([x, y, l, o, o, o, -u*x, -u*y], -1), torch.stack([o, o, o, x, y, l, -v*x, -v*y], -1)], -2)      # (…, 8, 8)
@@ -280,9 +282,9 @@ def sample_grid(inv, size, room=None):
 
     `room`: memory to work in, (3, N, H, W); the result is a view of it."""
     x, y = ((2*torch.arange(n, device=inv.device) + 1)/n - 1 for n in (size[1], size[0]))            # the middles of the pixels
-    rows, cols = inv[:, :, 0, None]*x, inv[:, :, 1, None]*y + inv[:, :, 2, None]                     # (N, 3, W), (N, 3, H)
+    by_x, by_y = inv[:, :, 0, None]*x, inv[:, :, 1, None]*y + inv[:, :, 2, None]                     # (N, 3, W), (N, 3, H)
     room = torch.empty(3, len(inv), *size, device=inv.device) if room is None else room
-    for i in range(3): torch.add(rows[:, i, None], cols[:, i, :, None], out=room[i])
+    for i in range(3): torch.add(by_x[:, i, None], by_y[:, i, :, None], out=room[i])
     return room[:2].div_(room[2]).permute(1, 2, 3, 0)                                                # all x, then all y: what the sampler reads fastest
 
 # %% ../nbs/10_transforms.ipynb #5d5c007f
@@ -369,7 +371,8 @@ def recolor(xb, brightness=None, contrast=None, saturation=None, hue=None):
     """Pictures (N, C, H, W), bytes or floats 0–1, in other colours: in this order, the first three as one affine map, cut to the range at the end.
 
     Each argument a tensor (N,), or None for no change. `brightness`, `contrast` (about the mean grey), `saturation` (about each pixel's grey): factors.
-    `hue`: turns of the colour wheel. The last two want 3 channels, and leave others alone. The conventions are torchvision's."""
+    `hue`: turns of the colour wheel. The last two want 3 channels, and leave others alone. Each by itself is torchvision's; several together
+    are not, as torchvision cuts after each."""
     if xb.dtype == torch.uint8: return as_bytes(recolor_(xb.float(), brightness, contrast, saturation, hue, peak=255.))
     return recolor_(xb.clone(), brightness, contrast, saturation, hue)
 
@@ -439,7 +442,8 @@ class RandomColor(PerSample):
 class RandomErasing(PerSample):
     """A rectangle of each picture painted over, with probability `p`: its area a share from `scale`, its width/height from `ratio`.
 
-    `value`: 0–1, or None for noise. Source: Zhong et al. 2017 (arXiv 1708.04896); drawn as torchvision draws."""
+    `value`: 0–1, or None for noise. Of ten rectangles the first that fits is painted; if none does, nothing is.
+    Source: Zhong et al. 2017 (arXiv 1708.04896); drawn as torchvision draws."""
     def __init__(self, p=.5, scale=(.02, .33), ratio=(.3, 3.3), value=None):
         super().__init__(p)
         self.scale, self.ratio, self.value = scale, ratio, value
@@ -466,14 +470,18 @@ class Patches:
 class Draw:
     """What one draw does to a batch of `shape` (N, C, H, W): `draw(xb)` to pictures (bytes, or floats 0–1), `points` and `boxes` to coordinates.
 
-    `mats` (N, 3, 3): see `warp`; `color`: a list of arguments for `recolor`; `paint`: functions that paint on a batch in place."""
-    def __init__(self, shape, mats, color=(), paint=(), mode='bilinear', padding='reflection'):
+    `mats` (N, 3, 3): see `warp`; `color`: a list of arguments for `recolor`; `paint`: functions that paint on a batch in place. `looked`: a list, shared by
+    draws of which only the first that colours floats looks at their range."""
+    def __init__(self, shape, mats, color=(), paint=(), mode='bilinear', padding='reflection', looked=None):
         self.shape, self.mats, self.color, self.paint, self.mode, self.padding = tuple(shape), mats, color, paint, mode, padding
+        self.looked = [] if looked is None else looked
     def __call__(self, xb):
         if tuple(xb.shape) != self.shape: raise ValueError(f'drawn for a batch {self.shape}, and this one is {tuple(xb.shape)}')
-        if (self.color or self.paint) and xb.is_floating_point() and not -.01 <= xb[0].min() <= xb[0].max() <= 1.01:
-            raise ValueError(f'colours are those of bytes or of floats 0–1, and these are {xb[0].min():.2f} – {xb[0].max():.2f}: '
-                             'divide bytes by 255, or augment before normalising')
+        if (self.color or self.paint) and xb.is_floating_point() and not self.looked:
+            lo, hi = xb[0].min().item(), xb[0].max().item()                    # on a GPU: a wait for all that it has to do
+            if not -.01 <= lo <= hi <= 1.01:
+                raise ValueError(f'colours are those of bytes or of floats 0–1, and these are {lo:.2f} – {hi:.2f}: divide bytes by 255, or augment before normalising')
+            self.looked.append(True)
         out = warp(xb, self.mats, self.mode, self.padding, self.color)
         if self.paint and out is xb: out = xb.clone()
         for f in self.paint: f(out)
@@ -492,7 +500,7 @@ class Augment:
             if isinstance(t, Augment): raise TypeError('an Augment in another would do nothing: give its transforms, *augment.tfms')
             if not any(hasattr(t, k) for k in ('mats', 'color', 'draw')):
                 raise TypeError(f'{step_name(t)} is no transform of batches: it has none of mats, color and draw')
-        self.tfms, self.mode, self.padding = tfms, mode, padding
+        self.tfms, self.mode, self.padding, self.looked = tfms, mode, padding, []
     def draw(self, shape, generator=None):
         mats, color, paint = torch.eye(3, dtype=torch.float64).repeat(shape[0], 1, 1), [], []
         for t in self.tfms:
@@ -500,7 +508,7 @@ class Augment:
             if hasattr(t, 'mats'): mats = t.mats(shape, generator) @ mats
             elif hasattr(t, 'color'): color.append(t.color(shape, generator))
             else: paint.append(t.draw(shape, generator))
-        return Draw(shape, mats, [c for c in color if c], paint, self.mode, self.padding)
+        return Draw(shape, mats, [c for c in color if c], paint, self.mode, self.padding, self.looked)
     def __call__(self, xb, generator=None): return self.draw(xb.shape, generator)(xb)
 
 # %% ../nbs/10_transforms.ipynb #ca73708c
@@ -508,6 +516,7 @@ class BatchAugment(Callback):
     """Augments training batches on their device; validation never gets there. `seed` (None: from torch's global generator) starts the generator,
     whose state checkpoints save.
 
+    `kwargs`: `mode` and `padding` of the `Augment` that is made of `tfms`.
     Works on bytes or on floats 0–1, so it goes before normalising (`_order`). It belongs to the fit: `lr_find`, `predict` and exports are without it."""
     _order, _fit_only = 1, True
     def __init__(self, *tfms, seed=None, **kwargs):

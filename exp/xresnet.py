@@ -122,7 +122,8 @@ class XResNet(nn.Sequential):
 
     `layers`: blocks in each stage; stages after the first halve the picture. `channels`: their `nf` (64, 128, 256, …). `stem`: channels of the first
     convolutions. `width` multiplies both (to multiples of 8). `act()`, `norm(n)`, `pool()`: make an activation, a norm, the pooling after the stem
-    (`nn.Identity`: none). `sa`: a `SelfAttention` after the first stage. `options`: those of `ResBlock`. Weights: Kaiming. Raises `ValueError`."""
+    (`nn.Identity`: none). `sa`: a `SelfAttention` after the first stage. `options`: those of `ResBlock`. Weights: Kaiming.
+    Raises `ValueError` where `layers` and `channels` do not match, a stage or the stem is empty, or `width` is not above 0."""
     def __init__(self, layers=(2, 2, 2, 2), expansion=1, c_in=3, c_out=1000, *, width=1., stem=(32, 32, 64), channels=None,
                  act=relu, norm=nn.BatchNorm2d, pool=max_pool, sa=False, **options):
         channels = [64*2**i for i in range(len(layers))] if channels is None else channels
@@ -167,6 +168,6 @@ def xse_resnext50(c_in=3, c_out=1000, **options):
     return xresnet50(c_in, c_out, **{'groups': 32, 'width_per_group': 4, 'se': True, **options})
 
 # %% ../nbs/11_xresnet.ipynb #8b8d041a
-PLAIN = dict(stem=(64,), stride_3x3=False, pool_shortcut=False, zero_gamma=False)        # the ResNet of 2015, as options of XResNet
-
 register(SqueezeExcite, ResBlock, MaxBlurPool, SelfAttention, XResNet)                   # so that a trained one can be exported (notebook 09d)
+
+PLAIN = dict(stem=(64,), stride_3x3=False, pool_shortcut=False, zero_gamma=False)        # the ResNet of 2015, as options of XResNet

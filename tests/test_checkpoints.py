@@ -689,6 +689,91 @@ def test_a_missing_safetensors_file(tmp_path):
     with pytest.raises(CheckpointError, match='cannot be read'): toy().load(tmp_path/'none.safetensors')
 
 
+# found by a third reading
+
+@pytest.mark.parametrize('at,starts', [(9, [(1, 0), (1, 1), (1, 5), (0, 2)]), (7, [(1, 3), (0, 0), (2, 0)])])
+def test_a_fit_that_begins_elsewhere_than_its_checkpoint_is_refused(at, starts, tmp_path):
+    "The batch counts as well as the epoch: others would be trained twice, or left out."
+    learn = toy(); seed_all(9)
+    try: learn.fit(3, [Checkpoint(tmp_path, every=None if at == 7 else 1), StopAt(8 if at == 7 else at)])
+    except Stop: pass
+    for start in starts:
+        new, ck = toy(1), Checkpoint(tmp_path)
+        before = {k: v.clone() for k, v in new.model.state_dict().items()}
+        stands = ck.start(new)
+        with pytest.raises(CheckpointError, match=rf'stands at epoch {stands[0]}, batch {stands[1]}, and the fit begins at epoch {start[0]}, batch {start[1]}: fit'):
+            new.fit(3, ck, start=start)
+        assert all(v.equal(before[k]) for k, v in new.model.state_dict().items()) and new.n_iter == 0
+    new, ck = toy(1), Checkpoint(tmp_path)
+    new.fit(3, ck, start=list(ck.start(new)))                                        # a list will do
+
+
+class Trips(torch.optim.SGD):
+    "An optimizer whose own loading fails when it is half done, writing into tensors that are there."
+    def load_state_dict(self, sd):
+        for s in self.state.values(): s['momentum_buffer'].zero_()
+        self.param_groups[0]['lr'] = 77.
+        raise RuntimeError('not mine')
+
+
+def test_an_optimizer_that_fails_to_load_is_as_it_was(tmp_path):
+    for opt, spoil, words in ((torch.optim.AdamW, lambda sd: sd['state'][0].pop('step'), "its optimizer: KeyError.'step'"),      # torch notices after taking over the rest
+                              (partial(Trips, momentum=.9), lambda sd: None, r"its optimizer: RuntimeError.'not mine'")):
+        learn = toy(2, opt).fit(1)
+        d = torch.load(toy(3, opt).fit(1).save(tmp_path/'w.pt'), weights_only=True)
+        spoil(d['opt']['state'])
+        torch.save(d, tmp_path/'w.pt')
+        groups, state = learn.opt.param_groups[0], {p: dict(s) for p, s in learn.opt.state.items()}
+        values = {(p, k): v.clone() for p, s in state.items() for k, v in s.items()}
+        weights = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=words): learn.load(tmp_path/'w.pt')
+        assert learn.opt.param_groups[0] is groups and groups['lr'] == .05 and learn.opt.state.keys() == state.keys()
+        for p, s in state.items():
+            for k, v in s.items(): assert learn.opt.state[p][k] is v and v.equal(values[p, k])
+        assert all(v.equal(weights[k]) for k, v in learn.model.state_dict().items())
+        learn.fit(1)
+
+
+def test_groups_in_another_order_are_refused(tmp_path):
+    def two(order):
+        learn = toy(opt=partial(torch.optim.SGD, momentum=.9))
+        learn.splitter = lambda m: [[p for k in (0, 4) for p in m[k].parameters()], list(m[1].parameters())][::order]
+        return learn
+    path = two(1).fit(1).save(tmp_path/'w.pt')
+    two(1).load(path)
+    with pytest.raises(CheckpointError, match=r'parameter groups: 0.weight.* \| 1.weight, 1.bias; here: 1.weight, 1.bias \| 0.weight'): two(-1).load(path)
+
+
+def test_what_a_kill_in_the_first_save_has_left_goes_after_a_day(tmp_path):
+    old, young, mine = (tmp_path/f'.20250101-000000-000000-{k}.001-abcd.00000004.pt.0123abcd.tmp' for k in ('aaaa', 'bbbb', 'cccc'))
+    others = [tmp_path/n for n in ('.notes.pt.0123abcd.tmp', '.notes.tmp', 'notes.pt')]
+    for f in (old, young, *others): f.write_bytes(b'PK half')
+    for f in (old, *others): os.utime(f, (0, 1e9))
+    toy().fit(1, Checkpoint(tmp_path))
+    assert not old.exists() and young.exists() and all(f.exists() for f in others)          # the young one may be a run's that is alive
+
+
+def test_a_missing_partner_is_named_once(tmp_path):
+    stopped(tmp_path, 9, fit=[Half2(1)])
+    new, ck = toy(1), Checkpoint(tmp_path)
+    with warnings.catch_warnings(record=True) as w:
+        warnings.simplefilter('always')
+        new.fit(3, [EarlyStopping(patience=9), ck], start=ck.start(new))             # in the middle of an epoch, where callbacks are loaded twice
+    said = [str(x.message) for x in w]
+    assert sum('knows no EarlyStopping' in s for s in said) == 1 and sum('the state of Half2, which' in s for s in said) == 1
+
+
+class Half2(Callback):
+    def __init__(self, seed): self.g = torch.Generator().manual_seed(seed)
+
+
+def test_what_is_not_plain_ends_the_fit_at_the_first_checkpoint(tmp_path):
+    @keeps('f')
+    class Keeps(Callback): f = staticmethod(print)
+    with pytest.raises(TypeError, match='builtin_function'): toy().fit(1, [Keeps(), Checkpoint(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
 if __name__ == '__main__':
     torch.set_num_threads(1)
     if sys.argv[1] == 'kills': drive(int(sys.argv[2]), Path(sys.argv[3]))

@@ -5,6 +5,7 @@ import pickle
 import random
 import subprocess
 import sys
+import threading
 import warnings
 from collections import namedtuple
 from functools import partial
@@ -884,3 +885,120 @@ def test_a_constant_channel_is_not_divided_by_zero():
     x = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8); x[:, 1] = 200
     z = D.NormalizeBytes.fit([(o, 0) for o in x])(x)
     assert z.isfinite().all() and z[:, 1].abs().max() < 1e-4 and (z[:, 0].std() - 1).abs() < 1e-3
+
+
+# ------------------------------------------------------------------ found by a fourth reading
+def test_include_without_recurse_is_refused(tmp_path):
+    pictures(tmp_path, 'train/0.png', '1.png')
+    for f in (get_files, ImageList.from_files):
+        with pytest.raises(ValueError, match='recurse is False'): f(tmp_path, recurse=False, include='train')
+    assert [p.name for p in get_files(tmp_path)] == ['1.png']
+
+
+def test_a_lambda_of_a_notebook_is_named_for_people():
+    for file in ('/tmp/ipykernel_1234/1008815586.py', '<ipython-input-3-0123456789ab>'):
+        assert D.step_name(eval(compile('\nlambda x: x', file, 'eval'))) == '<lambda> (a notebook cell, line 2)'
+    assert D.step_name(lambda x: x).startswith('<lambda> (test_data_block.py, line ')
+
+
+def test_pictures_under_a_limit_of_their_own_are_decoded_side_by_side(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from PIL import PngImagePlugin
+    pictures(tmp_path, 'a.png', 'b.png')
+    both, load, limits, before = threading.Barrier(2, timeout=10), PngImagePlugin.PngImageFile.load, [], Image.MAX_IMAGE_PIXELS
+
+    def meet(self): both.wait(); limits.append(Image.MAX_IMAGE_PIXELS); return load(self)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, 'load', meet)
+    with ThreadPoolExecutor(2) as pool: sizes = list(pool.map(lambda n: open_image(tmp_path/n, max_pixels=10**4).size, ['a.png', 'b.png']))
+    assert sizes == [(40, 30)]*2 and set(limits) == {before}, 'other lists do not see the limit while these decode'
+
+
+@pytest.mark.parametrize('kind', 'png jpg bmp gif webp ppm tif jp2'.split())
+def test_the_limit_is_raised_for_every_kind(kind, tmp_path, monkeypatch):
+    "Some are asked for their size when they are opened, some once more when they are decoded."
+    Image.new('RGB', (40, 30)).save(tmp_path/f'a.{kind}')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 500)
+    with pytest.raises(DataError, match='exceeds limit'): open_image(tmp_path/f'a.{kind}')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert open_image(tmp_path/f'a.{kind}', max_pixels=2000).size == (40, 30)
+    assert Image.MAX_IMAGE_PIXELS == 500
+
+
+def test_open_files_are_pictures_too(simplejpeg):
+    import io
+    simplejpeg(1)
+    good = io.BytesIO()
+    Image.new('RGB', (40, 30)).save(good, 'JPEG')
+    for fast in (False, True):
+        assert open_image(good, fast=fast).size == (40, 30)
+        for bad in (b'', b'no picture', good.getvalue()[:300]):
+            with pytest.raises(DataError, match='no readable picture'): open_image(io.BytesIO(bad), fast=fast)
+
+
+def test_pictures_to_show():
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    x = np.random.default_rng(0).integers(0, 256, (3, 8, 9), dtype=np.uint8)
+    for im in (x, x[:, ::-1], x/255., x[:1], x.transpose(1, 2, 0)): assert D.show_image(im).images[0].get_array().shape[:2] == (8, 9)
+    assert len(D.show_images((torch.tensor(x) for _ in range(3)), cols=2).axes) == 4
+    with pytest.raises(ValueError, match='no pictures to show'): D.show_images([])
+    plt.close('all')
+
+
+@pytest.mark.filterwarnings('ignore:class .* has a single training picture')
+def test_the_labelled_lists_are_their_own():
+    il = ItemList(['train/a/1', 'train/b/2', 'valid/a/3'])
+    sd = SplitData.split_by_func(il, grandparent_splitter)
+    ll, alone = label_by_func(sd, parent_labeler), LabeledData.label_by_func(il, parent_labeler)
+    ll.train.x.tfms = alone.x.tfms = str.upper
+    assert ll.train.x[0] == alone.x[0] == 'TRAIN/A/1' and sd.train[0] == il[0] == 'train/a/1' and ll.valid.x[0] == 'valid/a/3'
+
+
+def test_runs_of_pictures_have_a_bound():
+    sizes = []
+
+    class Spy(ResizeFixed):
+        def batch(self, xb): sizes.append(xb.shape[0]*xb.shape[2]*xb.shape[3]); return super().batch(xb)
+    c = D._Collect(Spy(8))
+    for i in range(7): c.add(Image.new('RGB', (1000, 700)), i)
+    for i in range(2): c.add(Image.new('RGB', (2000, 1500)), i)
+    assert c.tensor().shape == (9, 3, 8, 8) and sizes == [1_400_000]*3 + [700_000] + [3_000_000]*2
+
+
+def test_a_look_at_a_batch_draws_nothing(sample):
+    import matplotlib
+    matplotlib.use('agg')
+    def states(): return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    before = states()
+    D.ItemLoader(numbers(), 3, seed=0).first()
+    assert states() == before
+
+    def shifted(x): return x.float() + random.random() + torch.rand(()) + np.random.rand()
+    shifted._order = 25
+    data = labelled(sample, [make_rgb, ResizeFixed(8), to_byte_tensor, shifted]).to_databunch(8, num_workers=0, seed=0)
+    before = states()
+    data.show_batch()
+    assert states() == before
+
+
+def test_progress_is_done_also_where_files_are_skipped(tmp_path):
+    for i in range(40): jpeg(tmp_path/f'{i:02d}.jpg')
+    for i in (3, 39): (tmp_path/f'{i:02d}.jpg').write_bytes(b'x')
+    seen = []
+    ds, skipped = LabeledData(ImageList.from_files(tmp_path, tfms=BYTES), [0]*40).in_memory('skip', progress=lambda *n: seen.append(n))
+    assert len(ds) == 38 and len(skipped) == 2 and seen[-1] == (40, 40) and len(seen) == 2 and seen[0][0] < 40
+
+
+def test_verify_makes_no_list_of_all_paths(monkeypatch):
+    class Counting(PathList):
+        made = 0
+        def __getitem__(self, i):
+            Counting.made += isinstance(i, int)
+            return super().__getitem__(i)
+    seen, dones = [], []
+    monkeypatch.setattr(D, 'open_image', lambda fn, **kw: seen.append(Counting.made))
+    assert verify_images(ImageList(Counting('/x', [f'{i}.jpg' for i in range(1000)]), '/x'), progress=lambda *n: dones.append(n)) == {}
+    assert seen[0] <= 200 and len(seen) == Counting.made == 1000 and dones[-1] == (1000, 1000)

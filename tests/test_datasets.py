@@ -40,7 +40,7 @@ GOOD = tgz({'imagenette2-160/train/a/1.JPEG': b'1', 'imagenette2-160/val/a/2.JPE
 def server():
     "A server whose `files` are served with ranges; `cut` bytes are sent before it hangs up, for the first `cuts` requests."
     class H(http.server.BaseHTTPRequestHandler):
-        files, asked, cut, cuts, ranges, status = {}, [], None, 0, True, None
+        files, asked, cut, cuts, ranges, status, length = {}, [], None, 0, True, None, True
         def do_GET(self):
             name, rng = self.path.lstrip('/'), self.headers.get('Range')
             H.asked.append(rng)
@@ -48,7 +48,8 @@ def server():
             data, start = H.files[name], int(rng[6:-1]) if rng and H.ranges else 0
             if start >= len(data): return self.send_error(416)
             self.send_response(206 if start else 200)
-            self.send_header('Content-Length', str(len(data) - start)); self.end_headers()
+            if H.length: self.send_header('Content-Length', str(len(data) - start))
+            self.end_headers()
             end = start + H.cut if H.cut and len(H.asked) <= H.cuts else None
             self.wfile.write(data[start:end])
         def log_message(self, *a): pass
@@ -96,13 +97,41 @@ def test_a_whole_file_is_not_fetched_again(server, tmp_path):
     assert D.download(f'{server.url}/b', tmp_path/'b', digest).read_bytes() == BLOB
 
 
+def test_a_part_that_is_whole_gets_its_name(server, tmp_path):
+    "A process killed between the last byte and the rename left a whole `.part`; it was thrown away and fetched again."
+    server.files, digest = {'b': BLOB}, ('sha256', hashlib.sha256(BLOB).hexdigest())
+    (tmp_path/'b.part').write_bytes(BLOB)
+    assert D.download(f'{server.url}/b', tmp_path/'b', digest).read_bytes() == BLOB and server.asked == [] and leftovers(tmp_path) == ['b']
+
+
+class Screen(io.StringIO):
+    def __init__(self, tty): super().__init__(); self.isatty = lambda: tty
+
+
+def test_the_speed_counts_what_this_try_brought(server, tmp_path, monkeypatch):
+    monkeypatch.delenv('EXP_NO_BAR', raising=False); monkeypatch.setattr(D.sys, 'stderr', screen := Screen(True))
+    server.files['b'] = data = BLOB*20                                        # a million bytes, of which 10,000 are lacking
+    (tmp_path/'b.part').write_bytes(data[:-10_000])
+    D.download(f'{server.url}/b', tmp_path/'b')
+    speed = float(screen.getvalue().split(', ')[-1].split()[0])
+    assert server.asked == ['bytes=990000-'] and speed <= .1, screen.getvalue()          # at most, as the shortest time it counts with is .1 s
+
+
+@pytest.mark.parametrize('tty', [False, True], ids=['log', 'terminal'])
+def test_a_download_of_unknown_length_ends_with_a_line(server, tmp_path, monkeypatch, tty):
+    monkeypatch.delenv('EXP_NO_BAR', raising=False); monkeypatch.setattr(D.sys, 'stderr', screen := Screen(tty))
+    server.files, server.length = {'b': BLOB*20}, False
+    D.download(f'{server.url}/b', tmp_path/'b')
+    assert screen.getvalue().endswith('\n') and screen.getvalue().count('\n') == 1 and '1.0 MB' in screen.getvalue()
+
+
 def test_a_server_that_speaks_no_http(tmp_path):
     with socket.create_server(('127.0.0.1', 0)) as s:
         def answer():
             c, _ = s.accept()
             c.recv(1000); c.sendall(b'SSH-2.0-OpenSSH_9.6\r\n'); c.close()
         threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(D.DataError, match=r'/b: .*tried 1 times'): D.download(f'http://127.0.0.1:{s.getsockname()[1]}/b', tmp_path/'b', tries=1)
+        with pytest.raises(D.DataError, match=r'/b: .*tried once'): D.download(f'http://127.0.0.1:{s.getsockname()[1]}/b', tmp_path/'b', tries=1)
 
 
 def test_a_server_that_knows_no_ranges_starts_anew(server, tmp_path):
@@ -140,7 +169,7 @@ def test_a_certificate_that_is_not_trusted_is_final(tmp_path, monkeypatch):
 def test_a_name_that_nobody_knows_and_nothing_to_go_on_from(tmp_path, monkeypatch):
     def urlopen(*a, **kw): raise urllib.error.URLError(socket.gaierror(-2, 'Name or service not known'))
     monkeypatch.setattr(D.urllib.request, 'urlopen', urlopen)
-    with pytest.raises(D.DataError, match=r'Name or service not known \(tried 1 times\)$'): D.download('https://example.invalid/b', tmp_path/'b', tries=1)
+    with pytest.raises(D.DataError, match=r'Name or service not known \(tried once\)$'): D.download('https://example.invalid/b', tmp_path/'b', tries=1)
 
 
 def test_too_little_space_is_seen_before_the_download(server, tmp_path, monkeypatch):
@@ -242,6 +271,19 @@ def test_mirror_as_an_address(tmp_path, monkeypatch, server, offline):
     server.files = {p.name: p.read_bytes() for p in m.iterdir()}
     monkeypatch.setenv('EXP_MIRROR', server.url)
     assert (D.untar_data(D.URLs.IMAGENETTE_160, base=tmp_path/'home/data')/'val/a/2.JPEG').exists()
+
+
+def test_nothing_is_deleted_that_was_there_before(tmp_path, monkeypatch, server):
+    "The archive folder is fastai's too, and a mirror may lie there: only what a call has fetched itself goes when it is unpacked."
+    monkeypatch.setenv('FASTAI_HOME', str(tmp_path))
+    make_mirror(tmp_path/'archive')
+    monkeypatch.setenv('EXP_MIRROR', str(tmp_path/'archive'))
+    D.untar_data(D.URLs.IMAGENETTE_160, quiet=True)
+    monkeypatch.delenv('EXP_MIRROR')
+    server.files = {f'{n}.tgz': tgz({f'{n}/a/1.JPEG': b'1'}) for n in ('ours', 'theirs')}
+    (tmp_path/'archive/theirs.tgz').write_bytes(server.files['theirs.tgz'])
+    for n in server.files: assert (D.untar_data(f'{server.url}/{n}', quiet=True)/'a/1.JPEG').exists()
+    assert {f.name for f in (tmp_path/'archive').iterdir()} == {'imagenette2-160.tgz', 'SHA256SUMS', 'theirs.tgz'}
 
 
 @pytest.mark.parametrize('fault', ['digest', 'unlisted', 'no sums', 'no folder', 'cut'])

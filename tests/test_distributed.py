@@ -1,7 +1,9 @@
 """Several processes end where one would: weights, metrics, files; whatever is cancelled, killed, broken off or gone on with.
 
 All that can be asked of two processes is asked in one launch of them (tests/dist_work.py); starting them is what costs time."""
+import copy
 import os
+import pickle
 import re
 import signal
 import socket
@@ -16,8 +18,8 @@ from conftest import ROOT
 
 from exp.callbacks import CancelBatchException, CancelEpochException
 from exp.data_block import ItemLoader
-from exp.distributed import (ProcessLost, free_port, launch, no_launch_because, pick_backend, process_group, rank0_only,
-                             rank_and_size, read_env, share, shared)
+from exp.distributed import (free_port, launch, no_launch_because, pick_backend, process_group, rank0_only, rank_and_size,
+                             read_env, share, shared)
 
 
 @pytest.fixture(scope='module')
@@ -96,6 +98,13 @@ def test_as_many_batches_for_everyone(data, world):
         assert sum(n for b in batches for n, _, _ in b) == n
         real = [i for b in batches for n, _, ids in b for i in ids[:n]]
         assert sorted(real) == sorted(work.numbers(n)[0][:, 0].tolist())
+
+
+@pytest.mark.parametrize('again', [copy.copy, copy.deepcopy, lambda dl: pickle.loads(pickle.dumps(dl))])
+def test_a_shared_loader_can_be_copied(again):
+    dl = shared(work.listed().train_dl, 1, 2)
+    assert [xb.tolist() for xb, _ in dl] == [xb.tolist() for xb, _ in again(dl)] and len(again(dl).batches) == 5
+    assert not hasattr(dl, 'no_such_thing')
 
 
 def test_workers_share_as_the_main_process_does():
@@ -260,8 +269,18 @@ def test_port_in_use(monkeypatch):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0)); s.listen()
         for k, v in dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=s.getsockname()[1]).items(): monkeypatch.setenv(k, str(v))
-        with pytest.raises(ProcessLost, match=f'port {s.getsockname()[1]} .* in use'):
+        with pytest.raises(ValueError, match=f'port {s.getsockname()[1]} .* in use'):          # a setting is wrong; nobody was lost
             with process_group(timeout=5): pass
+
+
+@pytest.mark.parametrize('local', [{}, {'LOCAL_WORLD_SIZE': '2'}, {'LOCAL_RANK': '1'}])
+def test_gpus_want_the_local_rank_where_they_are_fewer_than_processes(monkeypatch, local):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    for k in ('LOCAL_RANK', 'LOCAL_WORLD_SIZE'): monkeypatch.delenv(k, raising=False)
+    for k, v in {'RANK': '3', 'WORLD_SIZE': '4', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '1', **local}.items(): monkeypatch.setenv(k, v)
+    with pytest.raises(ValueError, match='4 processes are more than the 2 GPUs here, and LOCAL_RANK or LOCAL_WORLD_SIZE is not set'):
+        with process_group('nccl'): pass
 
 
 def test_what_cannot_be_launched(monkeypatch):

@@ -202,3 +202,16 @@ def test_random_cells_give_a_module_or_an_error_that_names_the_cell(tmp_path_fac
         return
     for text in texts.values(): compile(text, 'm.py', 'exec')
     assert not (root/'exp/m.py').exists()
+
+
+def test_a_named_notebook_does_not_take_the_module_of_another(project):
+    "Two notebooks of one module were told of only where both were exported; alone, the second overwrote the first one's module."
+    write_nb(project/'nbs/00_a.ipynb', '#default_exp a', '#export\nx = 1')
+    write_nb(project/'nbs/02_c.ipynb', '#default_exp c', '#export\ndef f(:')               # a fault that is not asked for
+    (project/'nbs/03_d.ipynb').write_text('no notebook')
+    assert run_main(project, 'nbs/00_a.ipynb')[0] == 0
+    write_nb(project/'nbs/01_b.ipynb', '#default_exp a', '#export\ny = 1')
+    before = tree(project)
+    for args in ((), ('--check',)):
+        status, _, err = run_main(project, *args, 'nbs/01_b.ipynb')
+        assert status == 2 and "nbs/01_b.ipynb: module 'a' is already made by nbs/00_a.ipynb" in err and tree(project) == before

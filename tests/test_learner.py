@@ -759,7 +759,7 @@ def test_csv_of_other_columns_or_without_a_table(tmp_path):
 
 def test_show_results_shows_as_many_as_asked_for(monkeypatch):
     shown = []
-    monkeypatch.setattr('exp.learner.show_images', lambda xs, titles, title: shown.append(len(xs)))
+    monkeypatch.setattr('exp.learner.show_images', lambda xs, titles, title, cols: shown.append(len(xs)))
     d = DataBunch(*get_dls(Dataset(torch.rand(10, 3, 4, 4), torch.arange(10) % 3), Dataset(torch.rand(10, 3, 4, 4), torch.arange(10) % 3), 5), 3, 3)
     l = Learner(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), d, F.cross_entropy)
     for n in (8, 50): l.show_results(n)
@@ -891,7 +891,8 @@ def test_data_that_is_not_there_is_told():
     learn = learner(data=DataBunch(d.train_dl, None)).fit(1)
     for look in (learn.validate, learn.get_preds):
         with pytest.raises(ValueError, match='no validation data'): look()
-    with pytest.raises(ValueError, match='no training data'): learner(data=DataBunch(None, d.valid_dl)).fit(1)
+    for look in ('fit', 'lr_find', 'summary'):
+        with pytest.raises(ValueError, match='no training data'): getattr(learner(data=DataBunch(None, d.valid_dl)), look)(*[1]*(look == 'fit'))
 
 
 def test_a_terminal_without_dashes(tmp_path):
@@ -950,3 +951,58 @@ def test_a_csv_that_goes_on_has_each_epoch_once(tmp_path):
     learner(*cbs()).fit(3)
     learner(*cbs()).fit(4, start=(2, 0))
     assert [r['epoch'] for r in csv.DictReader(open(tmp_path/'h.csv'))] == ['0', '1', '2', '3']
+
+
+class RunningMean(Callback):
+    "Changes its tensors in place, from fit to fit."
+    def __init__(self): self.mean, self.deep, self.n = torch.zeros(3), {'all': [torch.zeros(3)]}, 0
+    def after_step(self, run):
+        self.n += 1
+        for m in (self.mean, *self.deep['all']): m.lerp_(run.model[-1].bias.detach(), 1/self.n)
+
+
+def test_looks_put_back_tensors_that_callbacks_change_in_place():
+    learn = learner(c := RunningMean()).fit(1)
+    mean, deep, was = c.mean, c.deep['all'][0], c.mean.clone()
+    c.wide = torch.zeros(1).expand(4)                                        # cannot be changed in place, nor copied into
+    with learn.untouched(): learn.fit(1); assert not c.mean.equal(was)
+    assert c.mean is mean and c.deep['all'][0] is deep and mean.equal(was) and deep.equal(was) and c.n == 4
+    learn.lr_find(max_iter=5)
+    assert mean.equal(was) and deep.equal(was)
+    learn.fit(1)
+    assert c.n == 8 and not mean.equal(was)
+
+
+class Counts(torch.optim.SGD):
+    "Keeps numbers of its own beside the rate, as Schedule-Free does."
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        for g in self.param_groups: g.update(k=0, lr_max=-1., weight_sum=0.)
+    def step(self, closure=None):
+        super().step()
+        for g in self.param_groups:
+            g['lr_max'] = max(g['lr_max'], g['lr'])
+            g['k'], g['weight_sum'] = g['k'] + 1, g['weight_sum'] + g['lr_max']**2
+
+
+def test_what_the_optimizer_counts_is_not_put_back():
+    learn = learner(opt_func=Counts).fit(1, ParamScheduler('lr', lambda pos: .5))
+    learn.fit(1, ParamScheduler('lr', lambda pos: .25))
+    g, = learn.opt.param_groups
+    assert g['lr'] == .1 and g['k'] == 8 and g['lr_max'] == .5 and g['weight_sum'] == 8*.25
+    learn.lr_find(max_iter=3)
+    with learn.untouched(): learn.fit(1)
+    assert g['k'] == 8 and g['lr'] == .1
+    learn.fit(1, Validates())
+    assert g['k'] == 12
+
+
+class Validates(Callback):
+    "A look in the middle of a fit."
+    def after_epoch(self, run): run.validate()
+
+
+def test_summary_tells_our_optimizers_apart(capsys):
+    for f, words in ((sgd_mom_opt, 'optimizer StatefulOptimizer (weight_decay, momentum_step)'), (torch.optim.AdamW, 'optimizer AdamW,')):
+        learner(opt_func=f).summary()
+        assert words in capsys.readouterr().out

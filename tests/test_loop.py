@@ -86,6 +86,12 @@ def test_a_misspelt_event_is_found_at_once(wrong, right):
     with pytest.raises(AttributeError, match=f'{wrong} is no event: did you mean {right}'): runner(type('C', (), {wrong: lambda self, run: None})())
 
 
+def test_what_a_callback_keeps_is_no_misspelt_event():
+    class Keeps:
+        def __init__(self): self.before_std, self.after_all, self.begin_at = 3, None, 'here'
+    runner(Keeps()).fit(1)
+
+
 def test_metrics_are_those_of_the_whole_set():
     stats = AvgStatsCallback(accuracy, silent=True)
     run = runner(stats, lr=0.).fit(1)                                # 100 = 3·32 + 4: a short last batch
@@ -138,6 +144,13 @@ def test_a_shape_made_in_a_function_changes_no_other():
     square = power(2)(0, 1)
     power(3)
     assert square(.5) == .25
+
+
+def test_help_says_what_an_annealer_takes():
+    import inspect
+    for shape in (sched_lin, sched_cos, annealer(lambda start, end, pos: start)):
+        assert list(inspect.signature(shape).parameters) == ['start', 'end'] and callable(shape(0, 1))
+    assert pickle.loads(pickle.dumps(sched_lin)) is sched_lin and 'straight line' in sched_lin.__doc__
 
 
 def test_a_loader_of_ones_own_and_a_subset_see_pairs():

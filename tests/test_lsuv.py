@@ -318,6 +318,23 @@ def test_a_pair_as_torchs_loader_gives_it():
     assert len(_batches([b[0], b[0]], 8, 'cpu')) == 2                         # two of floats are two batches
 
 
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8])
+def test_a_pair_of_whole_numbers_as_torchs_loader_gives_it(dtype):
+    "Tokens or bytes with labels: the labels used to be fed to the model as a second batch."
+    torch.manual_seed(0)
+    tokens, labels = torch.randint(0, 9, (64, 5)).to(dtype), torch.arange(64) % 3
+
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.emb, self.l, self.shapes = nn.Embedding(9, 4), nn.Linear(4, 3), []
+        def forward(self, x): self.shapes.append(tuple(x.shape)); return self.l(self.emb(x.long()))
+    b = next(iter(DataLoader(TensorDataset(tokens, labels), 64)))
+    assert isinstance(b, list)
+    net = Net()
+    lsuv_init(net, b)
+    assert set(net.shapes) == {(64, 5)} and all_near_1(net, tokens)
+    for two in ([tokens, tokens], [labels, labels], [tokens, labels[:8]], [tokens, torch.arange(5)]): assert len(_batches(two, 8, 'cpu')) == 2
+
+
 def test_a_net_that_chooses_its_way():
     "One of two experts runs, by a layer that LSUV changes: the other may have run in the first pass and in no other."
     class Choose(nn.Module):

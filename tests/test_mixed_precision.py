@@ -250,7 +250,7 @@ def test_a_loss_that_is_nan_by_itself_ends_the_fit_with_a_sentence():
     class NaN(Callback):
         def after_loss(self, run): run.loss = run.loss*float('nan')
     learn = learner()
-    with pytest.raises(FloatingPointError, match='25 steps in a row.*bfloat16'): learn.fit(20, [MixedPrecision('fp16'), NaN()])
+    with pytest.raises(FloatingPointError, match='25 steps in a row.*the loss itself is nan.*bfloat16'): learn.fit(20, [MixedPrecision('fp16'), NaN()])
     assert all(p.equal(q) for p, q in zip(learn.model.parameters(), net().parameters()))                 # no step was taken
 
 
@@ -502,3 +502,28 @@ def test_a_weight_of_two_layers_keeps_its_gradient():
     border = torch.ones(3, 3, dtype=bool); border[1, 1] = False
     want, got = want[..., border], got[..., border]
     assert want.abs().min() > 0 and (got - want).norm() < .1*want.norm()
+
+
+# found by a third reading
+
+def test_channels_last_puts_buffers_back_as_found():
+    "They came out of a fit as other tensors, channels last."
+    class Blur(nn.Module):
+        def __init__(self): super().__init__(); self.net = net(); self.register_buffer('kernel', torch.full((3, 1, 3, 3), 1/9)); self.register_buffer('shift', torch.zeros(2, 3, 4, 5))
+        def forward(self, x): self.shift += 1; return self.net(F.conv2d(x, self.kernel, padding=1, groups=3))
+    model, seen = Blur(), []
+    kept = dict(model.named_buffers())
+    strides = {n: b.stride() for n, b in kept.items()}
+    model.register_buffer('wide', torch.zeros(2, 1, 1, 1).expand(2, 3, 4, 5))          # one number in many places
+    class Look(Callback):
+        def after_pred(self, run): seen.append(run.model.shift.stride())
+    learner(model=model).fit(1, [ChannelsLast(), Look()])
+    assert set(seen) == {(60, 1, 15, 3)} and model.wide.stride() == (1, 0, 0, 0)
+    assert all(model.get_buffer(n) is b and b.stride() == strides[n] for n, b in kept.items()) and (model.shift == len(seen)).all()
+
+
+def test_infinite_gradients_of_a_loss_that_is_a_number_are_the_scales_business():
+    class Overflow(Callback):
+        _order = 7
+        def after_backward(self, run): run.model[0].weight.grad[0] = math.inf
+    with pytest.raises(FloatingPointError, match=r'25 steps in a row had infinite gradients \(loss \d.*lower scale'): learner(MixedPrecision('fp16'), Overflow()).fit(20)

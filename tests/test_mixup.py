@@ -472,3 +472,37 @@ def test_labels_that_are_ignored_or_only_look_so():
     assert torch.allclose(a.sum()/n.sum(), F.l1_loss(p, y))
     p, y = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 3, 2, -100])
     with pytest.raises(ValueError, match='reduction'): item_losses(lambda p, t: F.cross_entropy(p, t), p, y)
+
+
+# found by a third reading
+
+def total(pred, yb): return F.cross_entropy(pred, yb, reduction='sum')
+
+
+def test_a_loss_of_ones_own_may_be_a_sum():
+    "It was taken for a mean: N times too small, and the gradients jumped where `stop` switches the mixing off."
+    pred, yb = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(), Y[:7].clone()
+    lam, perm = torch.linspace(.5, 1, 7), torch.tensor([1, 2, 3, 4, 5, 6, 0])
+    mix = MixLoss(total); mix.set(lam, perm)
+    want = F.cross_entropy(pred, lam[:, None]*H[yb] + (1 - lam[:, None])*H[yb[perm]], reduction='sum')
+    got = mix(pred, yb)
+    assert torch.allclose(got, want) and torch.allclose(*(torch.autograd.grad(o, pred, retain_graph=True)[0] for o in (got, want)), atol=1e-6)
+    yb[2] = -100                                                         # in a sum it counts for nothing, by itself as well
+    sums, counts = item_losses(total, pred, yb)
+    assert torch.allclose(sums.sum()/counts.sum(), total(pred, yb))
+    for loss in (total, lambda p, y: total(p, y)/len(p)):                # one item: mean and sum are one
+        sums, counts = item_losses(loss, pred[:1], yb[:1])
+        assert torch.allclose(sums.sum()/counts.sum(), loss(pred[:1], yb[:1]))
+    class Zero(nn.Module):                                               # and where there is no loss there is nothing to decide
+        def forward(self, pred, yb): return (pred*0).sum()
+    sums, counts = item_losses(Zero(), pred, yb)
+    assert sums.sum() == 0 and counts.sum() > 0
+
+
+def test_a_loss_that_is_neither_mean_nor_sum_of_its_items_is_refused():
+    w, pred = torch.tensor([.2, 1., 3., .5]), torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
+    def weighted(pred, yb): return F.cross_entropy(pred, yb, weight=w)
+    with pytest.raises(ValueError, match='neither the mean nor the sum'): item_losses(weighted, pred, Y[:7])
+    with pytest.raises(ValueError, match='training batch 0.*neither the mean nor the sum'): learner(loss=weighted).fit(1, Mixup())
+    diverged = pred.clone(); diverged[3, 1] = math.nan                   # no loss is refused for a network that has gone wrong
+    assert MixLoss(total)(diverged, Y[:7]).isnan() and item_losses(total, diverged, Y[:7])[0].isnan().any()

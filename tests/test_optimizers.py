@@ -754,3 +754,26 @@ def test_a_first_gradient_that_is_not_finite_makes_nothing_slow(fast, value):
     assert fast != 'compile' or opt.compiled
     def odd(p, lr, **kwargs): p.sub_(p.grad, alpha=lr if torch.is_tensor(p) else 2*lr)
     with pytest.warns(UserWarning, match='another result'): assert run(True, odd)[1].unbatched
+
+
+def test_a_group_has_names_for_all_or_for_none():
+    "With a tensor first the pairs were taken for tensors, and failed in the step."
+    a, b = two()
+    for ps in ([a, ('b', b)], [('a', a), b], [{'params': [a, ('b', b)]}]):
+        with pytest.raises(TypeError, match='mixes tensors and'): sgd_opt(ps, lr=.1)
+    with pytest.raises(TypeError, match='tuple'): sgd_opt([a, ('b', 'b')], lr=.1)
+    assert sgd_opt([[('a', a)], [b]], lr=.1).names == {a: 'a'}
+
+
+@pytest.mark.parametrize('fast', [True, False, 'compile'])
+def test_a_hyper_that_is_put_in_later_and_read_by_nobody_is_an_error(fast):
+    a, b = two(); a.grad, b.grad = torch.ones(3), torch.ones(2)
+    opt = sgd_mom_opt([[a], [b]], lr=.1, fast=fast)
+    opt.hypers[1]['momentum'] = .5
+    before = b.detach().clone()
+    with pytest.raises(ValueError, match="'momentum' is no hyper of this optimizer.*lr"): opt.step()
+    assert b.equal(before)
+    del opt.hypers[1]['momentum']; opt.step()
+    torchs = TorchOptimizer(sgd_mom_opt([a], lr=.1))
+    torch.optim.lr_scheduler.StepLR(torchs, 1)                                               # puts initial_lr there
+    torchs.step()

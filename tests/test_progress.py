@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, Runner, accuracy, get_dls
+from exp.callbacks import AvgStatsCallback, CancelEpochException, DataBunch, Dataset, Runner, accuracy, get_dls
 from exp.learner import EarlyStopping, Learner
 from exp.progress import SCREENS, HtmlScreen, Pace, ProgressCallback, TerminalScreen, bar_html, bar_text, clock, curve_svg, front_end, table_html, table_text
 
@@ -62,7 +62,7 @@ SCRIPT = '''
 import sys, time, torch, torch.nn.functional as F
 from functools import partial
 from torch import nn
-from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, accuracy, get_dls
+from exp.callbacks import AvgStatsCallback, CancelEpochException, DataBunch, Dataset, accuracy, get_dls
 from exp.learner import Learner
 from exp.optimizers import sgd_opt
 from exp.progress import ProgressCallback
@@ -279,6 +279,27 @@ def test_a_resumed_epoch_has_the_pace_of_what_was_done(page, monkeypatch):
     p = ProgressCallback('html', every=0)
     learner(p, Slow()).fit(1, start=(0, 6))
     assert p.pace.done[True] == 4 and p.pace.seconds(10, 0) == pytest.approx(10.)                  # it was 4 s: ten batches in four
+
+
+def test_validations_that_are_skipped_are_not_waited_for(page, monkeypatch):
+    now, guesses = [0.], []
+    monkeypatch.setattr('exp.progress.time', SimpleNamespace(perf_counter=lambda: now[0]))
+    class Clock:
+        _order = -10
+        def after_batch(self, run): now[0] += 1.
+    class Last:
+        _order = -20
+        def begin_validate(self, run):
+            if run.epoch + 1 < run.n_epochs: raise CancelEpochException
+    class Guess:
+        _order = 6
+        def after_batch(self, run): guesses.append(p.text.rsplit(', ', 1)[1])
+    p = ProgressCallback('html', every=0)
+    learner(p, Clock(), Guess()).fit(3)
+    assert guesses[12 + 9] == '0:14 to go' and len(guesses) == 36                          # the second epoch's tenth batch: 2 + 10 + 2, as before
+    guesses.clear(); now[0] = 0.
+    learner(p := ProgressCallback('html', every=0), Clock(), Last(), Guess()).fit(3)
+    assert guesses[10 + 9] == '0:10 to go' and guesses[-1] == '0:00 to go'                   # it was 0:14
 
 
 def test_the_curve_reads_only_when_it_draws(page):

@@ -554,3 +554,22 @@ def test_16_bit_pictures(dtype):
     x = torch.rand(2, 3, 20, 20, generator=gen())
     got = crop_batch(x.to(dtype), [(0, 0, 16, 16)]*2, 8)
     assert got.dtype == dtype and torch.allclose(got.float(), crop_batch(x, [(0, 0, 16, 16)]*2, 8), atol=.01)
+
+
+# found by a third reading
+def test_only_the_first_batch_of_floats_is_looked_at(monkeypatch):
+    "A look at the range is a wait for the whole queue of a GPU. A batch that was refused does not count, nor do bytes."
+    x, looks, real = smooth(4, 3, 12, 12, 0, torch.float32), [], torch.Tensor.min
+    monkeypatch.setattr(torch.Tensor, 'min', lambda t, *a, **k: (looks.append(t.dtype), real(t, *a, **k))[1])
+    for tfm in (RandomColor(p=1.), RandomErasing(1.)):
+        aug = Augment(tfm)
+        aug((255*x).to(torch.uint8), gen())
+        assert looks == []
+        for _ in range(2):
+            with pytest.raises(ValueError, match='-2.00 – 2.00: divide bytes by 255'): aug(4*x - 2, gen())
+        looks.clear()
+        aug(x, gen())
+        assert len(looks) == 1
+        for s in range(5): aug(x, gen(s))
+        assert len(looks) == 1
+        looks.clear()
