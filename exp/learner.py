@@ -57,7 +57,7 @@ class Learner:
     `cbs`: callbacks; `cb_funcs`: functions that make them, so that a list of them can serve several learners."""
     def __init__(self, model, data, loss_func, opt_func=sgd_opt, lr=1e-2, splitter=one_group, cbs=None, cb_funcs=None):
         self.model, self.data, self.loss_func, self.opt_func, self.lr, self.splitter = model, data, loss_func, opt_func, lr, splitter
-        self.opt, self.logger, self.cbs, self.start = None, print, [], (0, 0)
+        self.opt, self.logger, self.cbs, self.start, self.counters = None, print, [], (0, 0), set()
         self.in_train, self.epoch, self.n_epochs, self.iter, self.n_iter = False, 0, 0, 0, 0
         self.add_cbs([*listify(cbs), *(f() for f in listify(cb_funcs))])
 

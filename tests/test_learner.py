@@ -1006,3 +1006,15 @@ def test_summary_tells_our_optimizers_apart(capsys):
     for f, words in ((sgd_mom_opt, 'optimizer StatefulOptimizer (weight_decay, momentum_step)'), (torch.optim.AdamW, 'optimizer AdamW,')):
         learner(opt_func=f).summary()
         assert words in capsys.readouterr().out
+
+
+def test_a_batch_outside_of_a_fit_is_a_plain_step():
+    "Somebody's own loop around `one_batch`: what a fit prepares was missing there."
+    model, (x, y) = nn.Linear(4, 2), (torch.randn(8, 4), torch.arange(8) % 2)
+    learn = Learner(model, None, F.cross_entropy, lr=.1)
+    learn.ready_opt()
+    w = model.weight.detach().clone()
+    g, = torch.autograd.grad(F.cross_entropy(model(x), y), model.weight)
+    learn.in_train, learn.iters = True, 1
+    learn.one_batch(0, (x, y))
+    assert torch.allclose(model.weight, w - .1*g)
