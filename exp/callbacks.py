@@ -9,7 +9,7 @@ __all__ = ['EVENTS', 'NO_PASS', 'accuracy', 'Dataset', 'get_dls', 'DataBunch', '
            'get_hypers', 'Recorder']
 
 # %% ../nbs/04_callbacks.ipynb #434b329e
-import difflib, re, sys
+import difflib, numbers, re, sys
 from functools import partial
 
 import torch
@@ -160,6 +160,13 @@ def batch_len(xb, yb=None):
     return len(part) if torch.is_tensor(part) else len(xb)
 
 # %% ../nbs/04_callbacks.ipynb #9f4744a1
+def _one_number(v, name, device=None):
+    "`v`, what a loss or metric gave for a batch, as a float32 tensor without dimensions. Raises `ValueError` where it is no single number."
+    try: t = torch.as_tensor(v, device=device)
+    except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name} gave a {type(v).__name__}; one number for the batch is wanted') from None
+    if t.numel() != 1: raise ValueError(f'{name} gave {t.numel()} numbers; one for the batch is wanted, say their mean')
+    return t.detach().float().reshape(())
+
 class AvgStats:
     "Running averages of the loss and of `metrics` (functions of `pred, yb`) over one pass, weighted by batch size."
     def __init__(self, metrics, in_train): self.metrics, self.in_train = list(metrics), in_train; self.reset()
@@ -170,8 +177,8 @@ class AvgStats:
         "Add the loss and the metrics of the batch that `run` has just done, times its length; nothing is read back from the device."
         n = batch_len(run.xb, run.yb)
         pred = run.pred.detach() if torch.is_tensor(run.pred) else run.pred
-        now = [run.loss.detach(), *(torch.as_tensor(m(pred, run.yb), device=run.loss.device) for m in self.metrics)]
-        now = torch.stack([t.float().reshape(()) for t in now])*n
+        loss = _one_number(run.loss, 'the loss')
+        now = torch.stack([loss, *(_one_number(m(pred, run.yb), metric_name(m), loss.device) for m in self.metrics)])*n
         self.totals = now if self.totals is None else self.totals + now
         self.count += n
 
@@ -281,7 +288,7 @@ class Recorder(Callback):
         if not run.in_train: return
         self.raw.append(run.loss.detach())
         for k, v in get_hypers(run.opt)[-1].items():
-            if isinstance(v, (int, float)) and not isinstance(v, bool): self.hypers.setdefault(k, []).append(v)
+            if isinstance(v, numbers.Real) and not isinstance(v, bool): self.hypers.setdefault(k, []).append(v)
 
     @property
     def losses(self): return torch.stack(self.raw).cpu().float().tolist() if getattr(self, 'raw', None) else []

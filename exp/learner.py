@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIT_ONLY', 'one_group', 'spread_lrs', 'CancelStepException', 'Learner', 'split_batch', 'left_out', 'get_learner',
-           'set_seed', 'fit_only', 'sum_over_processes', 'SumStats', 'in_order', 'GradientAccumulation', 'GradientClip',
-           'EarlyStopping', 'SaveBest', 'CSVLogger', 'TensorBoardCallback']
+           'set_seed', 'fit_only', 'sum_over_processes', 'SumStats', 'in_order', 'join_batches', 'GradientAccumulation',
+           'GradientClip', 'EarlyStopping', 'SaveBest', 'CSVLogger', 'TensorBoardCallback']
 
 # %% ../nbs/09b_learner.ipynb #0878a1fc
-import csv, functools, itertools, os, random, re
+import csv, functools, itertools, os, random, re, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,12 +134,17 @@ def step(self: Learner):
 _BY_CLASS = F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss
 _BY_PAIR = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
             nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
+_OF_LOGITS = F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss
 
 # %% ../nbs/09b_learner.ipynb #ace204b4
+def _is(loss_func, *kinds):
+    "Whether the loss is one of these functions or classes, or a `partial` of one."
+    f = getattr(loss_func, 'func', loss_func)
+    return f in kinds or type(f) in kinds
+
 def _kind(loss_func):
     "'class' where targets are class indices, 'pair' where they have the shape of the predictions, else None: nothing is known."
-    f = getattr(loss_func, 'func', loss_func)                       # inside a partial
-    return 'class' if f in _BY_CLASS or type(f) in _BY_CLASS else 'pair' if f in _BY_PAIR or type(f) in _BY_PAIR else None
+    return 'class' if _is(loss_func, *_BY_CLASS) else 'pair' if _is(loss_func, *_BY_PAIR) else None
 
 # %% ../nbs/09b_learner.ipynb #100d0778
 def _wrong_labels(learn, labels):
@@ -204,20 +209,29 @@ def one_pass(self: Learner, dl, train, skip=0):
     except CancelEpochException: self('after_cancel_epoch')
 
 # %% ../nbs/09b_learner.ipynb #856c5f4a
+def _ids(groups): return {id(p[1] if isinstance(p, tuple) else p) for g in groups for p in (g['params'] if isinstance(g, dict) else g)}      # (name, tensor) too
+
 def left_out(model, groups):
     "How many parameters of `model` that train are in none of `groups`, and the names of the first; '' for none."
-    there = {id(p[1] if isinstance(p, tuple) else p) for g in groups for p in (g['params'] if isinstance(g, dict) else g)}      # (name, tensor) too
+    there = _ids(groups)
     lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in there]
     return f'{len(lost)} parameters ({", ".join(lost[:3])})' if lost else ''
 
 @patch
 def make_opt(self: Learner):
-    "A new optimizer: `opt_func` on the groups of `splitter`, each with its learning rate."
+    """A new optimizer: `opt_func` on the groups of `splitter`, each with its learning rate: its own `lr` if it has one, else the learner's.
+
+    A group's `wd` is torch's `weight_decay`. Raises `ValueError` for parameters of the model in no group, and in a group but not of the model."""
     groups = [{**(g if isinstance(g, dict) else {}), 'params': list(g['params'] if isinstance(g, dict) else g)} for g in self.splitter(self.model)]
     lrs = spread_lrs(self.lr, len(groups))
     if lost := left_out(self.model, groups): raise ValueError(f'the splitter leaves out {lost}: put them in a group, or freeze them')
+    if n := len(_ids(groups) - {id(p) for p in self.model.parameters()}):
+        raise ValueError(f"the splitter gives {n} parameter{'s that are' if n > 1 else ' that is'} not the model's: put them into the model, for what is saved, clipped and put back is the model's")
     if len(groups) == 1 and len(groups[0]) == 1: return self.opt_func(groups[0]['params'], lr=lrs[0])
-    return self.opt_func([{**g, 'lr': lr} for g, lr in zip(groups, lrs)], lr=lrs[-1])
+    opt = self.opt_func([{'lr': lr, **g} for g, lr in zip(groups, lrs)], lr=lrs[-1])
+    for g in opt.param_groups:
+        if 'wd' in g and 'weight_decay' in getattr(opt, 'defaults', {}): g['weight_decay'] = g.pop('wd')
+    return opt
 
 # %% ../nbs/09b_learner.ipynb #09bready2
 @patch
@@ -228,9 +242,15 @@ def ready_opt(self: Learner, reset=False):
         raise ValueError(f'the optimizer leaves out {lost}: when it was made they were frozen, or not of this model; reset_opt=True makes a new one')
 
 def _training(learn):
-    "The training loader. Raises `ValueError` where there is none."
+    "The training loader. Raises `ValueError` where there is none, or no batch in it."
     if learn.data.train_dl is None: raise ValueError('there is no training data: data.train_dl is None')
+    if not _length(learn.data.train_dl, 'the training loader'): raise ValueError('the training loader has no batch: fewer items than one takes, and the last is dropped?')
     return learn.data.train_dl
+
+def _length(dl, name):
+    "Number of batches of `dl`. Raises `ValueError` where it cannot tell."
+    try: return len(dl)
+    except TypeError: raise ValueError(f'{name} has no length, and schedules and averages go by it: give its data set a __len__') from None
 
 # %% ../nbs/09b_learner.ipynb #c8e83891
 @patch
@@ -240,6 +260,7 @@ def fit(self: Learner, epochs, cbs=None, reset_opt=False, start=(0, 0)):
     `cbs` listen during this fit only. `reset_opt` starts the optimizer anew, with the learner's `lr` and splitter as they are now. `start`: epoch and batch to begin at, for a fit that was broken off."""
     if epochs < 0: raise ValueError(f'epochs must be 0 or more, not {epochs}')
     _training(self)
+    if self.data.valid_dl is not None: _length(self.data.valid_dl, 'the validation loader')
     self.ready_opt(reset_opt)
     with self.this_fit(cbs):
         self.n_epochs, self.epoch, self.start = epochs, start[0], tuple(start)
@@ -252,6 +273,9 @@ def fit(self: Learner, epochs, cbs=None, reset_opt=False, start=(0, 0)):
     return self
 
 # %% ../nbs/09b_learner.ipynb #2065478b
+_LEAVES = {CancelEpochException: 'of a pass, from begin_validate or begin_batch to after_batch', CancelBatchException: 'from begin_batch to after_batch',
+           CancelStepException: 'after_backward'}
+
 @patch
 @contextmanager
 def this_fit(self: Learner, cbs=None):
@@ -264,6 +288,7 @@ def this_fit(self: Learner, cbs=None):
         self.add_cbs(cbs)
         try: yield
         except CancelFitException: self('after_cancel_fit')
+        except tuple(_LEAVES) as e: raise type(e)(f'{type(e).__name__}: there is nothing of the kind to leave here; it is for events {_LEAVES[type(e)]}') from e
         finally:
             self.opt.zero_grad()
             for f in self.calls['after_fit']:                       # also those after one that fails
@@ -334,7 +359,9 @@ def untouched(self: Learner, weights=True):
     copy of the parameters is made, nor of the callbacks' tensors."""
     dls = [dl for n in ('train_dl', 'valid_dl', 'test_dl') if (dl := getattr(self.data, n, None)) is not None]
     samplers = [o for dl in dls for b in (dl, getattr(dl, 'batch_sampler', None)) for o in (b, getattr(b, 'sampler', None)) if o is not None]
-    gens = [(g, g.get_state()) for g in _generators([*dls, *samplers, *self.cbs])]
+    sets = [getattr(dl, 'dataset', None) for dl in dls]
+    sets += [getattr(ds, 'dataset', None) for ds in sets]           # a `Subset` has another inside
+    gens = [(g, g.get_state()) for g in _generators([*dls, *samplers, *sets, *self.cbs])]
     epochs, rng, mine = [(dl, dl.epoch) for dl in dls if hasattr(dl, 'epoch')], _rng_state(), dict(vars(self))
     model, theirs = self.model, [(cb, dict(vars(cb))) for cb in self.cbs if hasattr(cb, '__dict__')]
     modes = [(m, m.training) for m in model.modules()]
@@ -443,6 +470,7 @@ def metrics(self: Learner):
 # %% ../nbs/09b_learner.ipynb #500b52b6
 def _some_data(dl):
     if dl is None: raise ValueError('there is no validation data, and no other loader was given')
+    _length(dl, 'the loader')
     return dl
 
 def in_order(dl):
@@ -487,25 +515,48 @@ def _predictions(self: Learner, batches, keep=lambda xb, pred, yb: pred):
             kept.append(keep(self.xb, self.pred, self.yb))
     return kept
 
+# %% ../nbs/09b_learner.ipynb #09bjoin1
+def join_batches(parts):
+    """One batch of many, on the CPU: tensors end to end; tuples, lists and dictionaries of tensors part by part.
+
+    Raises `TypeError` where there is anything else in them."""
+    first = parts[0]
+    if torch.is_tensor(first): return torch.cat([p.cpu() for p in parts])
+    if isinstance(first, dict): return {k: join_batches([p[k] for p in parts]) for k in first}
+    if isinstance(first, (tuple, list)): return type(first)(map(join_batches, zip(*parts)))
+    raise TypeError(f'a {type(first).__name__} cannot be put together with those of other batches: tensors are wanted, or tuples, lists and dictionaries of tensors')
+
 # %% ../nbs/09b_learner.ipynb #56201826
 @patch
 def get_preds(self: Learner, dl=None, act=None):
-    "`(preds, targets)` on the CPU, row i for item i of `dl` (default: validation), shuffled or not; targets None where there are none. `act`: say `partial(torch.softmax, dim=1)`."
+    """`(preds, targets)` on the CPU, row i for item i of `dl` (default: validation), shuffled or not; targets None where there are none.
+
+    Several outputs or targets stay in their tuple, list or dictionary (`join_batches`). `act`: say `partial(torch.softmax, dim=1)`."""
     with self.untouched(weights=False): dl = in_order(_some_data(self.data.valid_dl if dl is None else dl))     # a sampler may have to be asked
-    parts = self._predictions(dl, lambda xb, pred, yb: (pred.cpu(), yb.cpu()))
+    parts = self._predictions(dl, lambda xb, pred, yb: join_batches([(pred, yb)]))
     if not parts: raise ValueError('there was no batch to predict')
-    preds, ys = (torch.cat(t) for t in zip(*parts))
+    preds, ys = join_batches(parts)
     return preds if act is None else act(preds), ys if len(ys) else None
 
 # %% ../nbs/09b_learner.ipynb #84ca344e
+def _shares(pred, n):
+    "Probabilities of `n` classes, from as many scores, or for two classes from one score: that of the second."
+    if pred.numel() == 1 and n == 2: p = pred.sigmoid().reshape(1); return torch.cat([1 - p, p])
+    return pred.softmax(0)
+
 @patch
 def decode(self: Learner, pred):
-    "One prediction (C,) in the words of the labels, and the numbers behind it: probabilities by class, or the value."
+    """One prediction (C,) in the words of the labels, and the numbers behind it: probabilities by class, or the value.
+
+    Without a data block the loss tells what it is: a value (`mse_loss` and others), the numbers of several classes (`binary_cross_entropy_with_logits`), or of one."""
     source = getattr(self.data, 'source', None)
     proc = source.train.y.procs[-1] if source is not None and source.train.y.procs else None
     if isinstance(proc, MultiCategoryProcessor): p = pred.sigmoid(); return proc.deproc1(p), p
-    if hasattr(proc, 'vocab') or not proc and pred.numel() > 1: p = pred.softmax(0); return (proc.deproc1(p.argmax()) if proc else p.argmax().item()), p
-    return (proc.deproc1(pred.squeeze()) if proc else pred.squeeze().tolist()), pred
+    if hasattr(proc, 'vocab'): p = _shares(pred, len(proc.vocab)); return proc.deproc1(p.argmax()), p
+    if proc: return proc.deproc1(pred.squeeze()), pred
+    if _is(self.loss_func, *_OF_LOGITS): p = pred.sigmoid(); return (p > .5).nonzero().flatten().tolist(), p
+    if _kind(self.loss_func) == 'pair' or pred.numel() == 1: return pred.squeeze().tolist(), pred
+    p = pred.softmax(0); return p.argmax().item(), p
 
 # %% ../nbs/09b_learner.ipynb #629423e7
 @patch
@@ -560,25 +611,33 @@ def summary(self: Learner):
           f'loss {metric_name(self.loss_func)}, optimizer {_opt_name(self.opt_func)}, lr {self.lr}')
 
 # %% ../nbs/09b_learner.ipynb #bad1aff3
-class GradientAccumulation(Callback):
-    """One optimizer step for every `n` batches, and one for what is left at the end of a pass (not where its last batch is cancelled): the gradient of their items' mean loss.
+def _items(run): return batch_len(run.xb, run.yb)
 
-    The loss that others see and record is that of the batch, unscaled: it is its gradient that is multiplied."""
+class GradientAccumulation(Callback):
+    """One optimizer step for every `n` batches, and one for what is left at the end of a pass: the gradient of their items' mean loss.
+
+    The loss must be a mean; `count(run)`: over how much, where that is not the items of the batch (the labels that are not ignored, the weights of
+    the classes). The loss that others see and record is that of the batch, unscaled: it is its gradient that is multiplied. Warns where the last
+    batches of a pass are lost: it was cut short, its last batch was cancelled, or it had fewer batches than the loader's length says."""
     _order = 5
-    def __init__(self, n): self.n, self.batches, self.items = n, 0, 0
+    def __init__(self, n, count=_items): self.n, self.count, self.batches, self.items = n, count, 0, 0
     def begin_epoch(self, run): self.batches = self.items = 0
     def after_loss(self, run):
-        self.loss, n = run.loss, batch_len(run.xb, run.yb)                                            # gradients add up as sums over items …
-        if run.in_train and torch.is_tensor(run.loss) and run.loss.requires_grad: run.loss.register_hook(lambda g: g*n)
+        self.loss = run.loss
+        if not (run.in_train and torch.is_tensor(run.loss) and run.loss.requires_grad): return
+        self.now = n = self.count(run)
+        run.loss.register_hook(lambda g: g*n)                                                         # gradients add up as sums over items …
     def after_cancel_batch(self, run):
         if all(p.grad is None for p in run.model.parameters()): self.batches = self.items = 0             # what was there went with it
     def after_backward(self, run):
         run.loss = self.loss                                                            # whatever it was scaled by on its way back
-        self.batches, self.items = self.batches + 1, self.items + batch_len(run.xb, run.yb)
+        self.batches, self.items = self.batches + 1, self.items + self.now
         if self.batches < self.n and run.iter < run.iters - 1: raise CancelStepException
         gs = [p.grad for p in run.model.parameters() if p.grad is not None]
         torch._foreach_div_(gs, self.items)                                             # … and are divided once
         self.batches = self.items = 0
+    def after_epoch(self, run):
+        if self.batches: warnings.warn(f'GradientAccumulation: the last {self.batches} batches of epoch {run.epoch} made no step: the pass ended before its last batch', stacklevel=2)
 
 # %% ../nbs/09b_learner.ipynb #9595fcaf
 class GradientClip(Callback):
@@ -592,12 +651,13 @@ class _Watch(Callback):
     "Base of callbacks that follow a column of the learner's table (`valid_loss`, `valid_accuracy`, …)."
     _order, _fit_only = 12, True
     def __init__(self, monitor='valid_loss', bigger=None):
-        less = re.search(r'loss|(^|_)err|mse|mae|perplexity', monitor.lower())
+        less = re.search(r'loss|entropy|(^|_)err|mse|mae|mape|perplexity|huber|brier|kl_div|(^|_)(nll|bce|wer|cer|ece|ppl)(_|$)', monitor.lower())
         self.monitor, self.sign = monitor, -1 if (less if bigger is None else not bigger) else 1
     def begin_fit(self, run):
         heads = next((cb.heads for cb in run.cbs if isinstance(cb, AvgStatsCallback)), None)
         if heads is None: raise ValueError(f'{type(self).__name__} follows {self.monitor!r} in the table of AvgStatsCallback: add one')
         if self.monitor not in heads: raise ValueError(f'the table has no {self.monitor!r}; it has {", ".join(heads)}')
+        if self.monitor.startswith('valid_') and run.data.valid_dl is None: raise ValueError(f'{type(self).__name__} follows {self.monitor!r}, and there is no validation data')
         self.best, self.best_epoch = None, None
     def now(self, run): return next(cb.rows[-1][self.monitor] for cb in run.cbs if isinstance(cb, AvgStatsCallback))
     def improved(self, run, by=0.):
@@ -623,7 +683,7 @@ class EarlyStopping(_Watch):
 class SaveBest(_Watch):
     """Keeps a copy of the weights of the epoch with the best `monitor`, in the file `path` too if there is one, and puts them back at the end of the fit.
 
-    `bigger`: as in `EarlyStopping`. Raises `ValueError` where the table has no such column."""
+    `bigger`: as in `EarlyStopping`. Raises `ValueError` where the table has no such column, or no validation to fill it. Warns where the file cannot be written."""
     def __init__(self, monitor='valid_loss', path=None, bigger=None): super().__init__(monitor, bigger); self.path, self.weights = path, None
     def begin_fit(self, run):
         super().begin_fit(run); self.weights = None
@@ -636,8 +696,11 @@ class SaveBest(_Watch):
         if not self.improved(run): return
         self.weights = {k: v.detach().clone() for k, v in run.model.state_dict().items()}
         if self.path:
-            tmp = f'{self.path}.tmp'
-            torch.save(self.weights, tmp); os.replace(tmp, self.path)                   # never half a file
+            tmp = Path(f'{self.path}.tmp')
+            try: torch.save(self.weights, tmp); os.replace(tmp, self.path)              # never half a file
+            except (OSError, RuntimeError) as e:
+                tmp.unlink(missing_ok=True)
+                warnings.warn(f'{self.path} could not be written; the best weights are in memory only ({str(e).splitlines()[0]})', stacklevel=2)
 class _PutBack(Callback):
     _order, _fit_only = 14, True                    # after those that validate other weights than they train, and put these back first
     def __init__(self, best): self.best = best

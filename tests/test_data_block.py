@@ -1,4 +1,5 @@
 """exp.data_block against torchvision, Pillow, hypothesis, broken files and processes that start by spawn."""
+import copy
 import csv
 import os
 import pickle
@@ -1002,3 +1003,41 @@ def test_verify_makes_no_list_of_all_paths(monkeypatch):
     monkeypatch.setattr(D, 'open_image', lambda fn, **kw: seen.append(Counting.made))
     assert verify_images(ImageList(Counting('/x', [f'{i}.jpg' for i in range(1000)]), '/x'), progress=lambda *n: dones.append(n)) == {}
     assert seen[0] <= 200 and len(seen) == Counting.made == 1000 and dones[-1] == (1000, 1000)
+
+
+# ------------------------------------------------------------------ found by users
+@pytest.mark.parametrize('labels, bad', [(['cat dog', 'dog'], 2), ([['cat', 'dog'], 'dog'], 1), ([['cat'], np.str_('dog')], 1), ([3, 4], 2), ([np.array(['cat', 'dog']), np.array('dog')], 1)], ids=str)
+def test_text_is_no_list_of_labels(labels, bad):
+    "Without delim= the letters became the classes."
+    proc = MultiCategoryProcessor()
+    with pytest.raises(DataError, match=fr'{bad} of 2 labels: a list of labels is wanted for each item, not .*delim=.* — .*b\.png'): LabeledData(ItemList(['a.png', 'b.png']), labels, proc_y=proc)
+    with pytest.raises(DataError, match='a list of labels is wanted'): proc(labels)
+    assert LabeledData(ItemList(['a.png']), [['x', 'y']], proc_y=proc).y[0].tolist() == [1, 1] and proc.vocab == ['x', 'y'], 'what was refused left a vocabulary behind'
+    with pytest.raises(DataError, match="not 'x'"): proc(['x'])
+
+
+def test_lists_of_labels_of_every_kind():
+    for one in (('b', 'a'), {'b', 'a'}, np.array(['b', 'a']), dict.fromkeys('ba').keys(), ['b', 'a', 'a']):
+        proc = MultiCategoryProcessor()
+        assert [y.tolist() for y in proc([one, []])] == [[1, 1], [0, 0]] and proc.vocab == ['a', 'b']
+    assert MultiCategoryProcessor()([torch.tensor([3, 1]), np.array([1])])[1].tolist() == [1, 0]
+
+
+def test_a_loader_with_workers_can_be_copied(ll):
+    "After a pass, and in the middle of one: the copy starts workers of its own, and goes on where the loader was. It was an error, of a `Learner` as well."
+    def labels(dl): return torch.cat([y for _, y in dl])
+    plain, data = D.ItemLoader(ll.train, 64, True, 0), ll.to_databunch(64, num_workers=2, seed=0)
+    want = [labels(plain) for _ in range(3)]
+    def check(epoch):
+        for again in (pickle.loads(pickle.dumps(data)), copy.deepcopy(data), copy.copy(data.train_dl)):
+            dl = getattr(again, 'train_dl', again)
+            assert dl._iterator is None and not dl._busy and dl.num_workers == 2
+            if again is not dl: assert labels(dl).equal(want[epoch]) and dl._iterator is not data.train_dl._iterator      # a shallow copy shares the order
+            dl._iterator = None
+    assert labels(data.train_dl).equal(want[0])
+    check(1)
+    going = iter(data.train_dl)
+    half = [next(going)[1]]
+    check(2)
+    assert torch.cat(half + [y for _, y in going]).equal(want[1]), 'the pass under way goes on'
+    data.train_dl._iterator = None

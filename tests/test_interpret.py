@@ -27,6 +27,7 @@ from exp.data_block import (ImageList, ItemLoader, NormalizeBytes, ResizeFixed, 
                             parent_labeler, to_byte_tensor, to_float_tensor)
 from exp.interpret import IMAGENETTE_NAMES, Interpretation, cam, item_losses, overlay, readable, to_exported_program, to_onnx
 from exp.learner import Learner
+from exp.mixup import LabelSmoothing
 
 COLOURS = {'n01440764': (200, 30, 30), 'n03028079': (30, 200, 30), 'zebra': (30, 30, 200)}
 
@@ -616,3 +617,124 @@ def test_several_values_are_no_sum():
 
 def test_it_does_not_know_the_command():
     assert 'train_imagenette' not in (ROOT/'exp/interpret.py').read_text()
+
+
+# ---------------------------------------------------------------- found by users
+
+
+class Functional(nn.Module):
+    "A convolution, a ReLU that is no layer, a pooling, a linear layer."
+    def __init__(self, *head): super().__init__(); self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Sequential(*head)
+    def forward(self, x): return self.head(F.relu(self.conv(x)))
+
+
+class OneRelu(nn.Module):
+    "The same ReLU on the maps and on what was pooled."
+    def __init__(self): super().__init__(); self.conv, self.relu, self.mid, self.fc = nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 1), nn.Linear(6, 4)
+    def forward(self, x): return self.fc(self.relu(self.mid(self.relu(self.conv(x)).mean((2, 3), keepdim=True))).flatten(1))
+
+
+class Concat(nn.Module):
+    def forward(self, x): return torch.cat([x.amax((2, 3), keepdim=True), x.mean((2, 3), keepdim=True)], 1)
+
+
+def by_hand(maps, rest, c):
+    "Grad-CAM in three lines: the class's score as a function of the maps (1, K, H, W)."
+    maps = maps.detach().requires_grad_()
+    g, = torch.autograd.grad(rest(maps)[0, c], maps)
+    return (g[0].mean((1, 2))[:, None, None]*maps.detach()[0]).sum(0).relu()
+
+
+def of(model, **kw): return Learner(model, DataBunch(None, None, 3, 4), F.cross_entropy, cbs=CudaCallback('cpu'), **kw)
+
+
+def test_the_maps_that_go_into_a_pooling_are_found_there():
+    "A functional ReLU between convolution and pooling: no layer's output is what is pooled. The map used to be one place, the mean of itself."
+    torch.manual_seed(0)
+    model, x = Functional(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval(), torch.randn(3, 12, 10)
+    maps, fc = F.relu(model.conv(x[None]))[0].detach(), model.head[-1]
+    for c in range(4):
+        m = cam(of(model), x, c)
+        assert torch.allclose(m.map, torch.einsum('khw,k->hw', maps, fc.weight[c].detach()), atol=1e-6) and m.map.shape == (10, 8)
+        assert abs(m.map.mean() + fc.bias[c] - m.score) < 1e-5 and abs(m.score - model(x[None])[0, c]) < 1e-5
+
+
+@pytest.mark.parametrize('head, k', [((nn.AdaptiveMaxPool2d(1), nn.Flatten()), 6), ((Concat(), nn.Flatten()), 12), ((nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(6)), 6),
+                                     ((nn.AdaptiveAvgPool2d(1), nn.GroupNorm(1, 6), nn.Flatten()), 6)], ids=['max', 'max and mean', 'normalised', 'normalised as a map'])
+def test_without_a_mean_before_the_linear_layer_it_is_grad_cam_of_many_places(head, k):
+    torch.manual_seed(0)
+    conv, fc = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), nn.Linear(k, 4)
+    model, x = nn.Sequential(conv, *head, fc).eval(), torch.randn(3, 12, 10)
+    for c in range(4):
+        m = cam(of(model), x, c)
+        assert m.map.shape == (10, 8) and torch.allclose(m.map, by_hand(conv(x[None]), model[1:], c), atol=1e-6)
+    if k == 6 and len(head) == 2:                                         # by pencil: one place of each map has the gradient w
+        assert torch.allclose(m.map, torch.einsum('khw,k->hw', conv(x[None])[0].detach(), fc.weight[3].detach()).relu()/80, atol=1e-6)
+
+
+def test_a_layer_that_is_used_again_after_the_pooling_is_not_the_one():
+    torch.manual_seed(0)
+    model, x = OneRelu().eval(), torch.randn(3, 12, 10)
+    def rest(maps): return model.fc(F.relu(model.mid(F.relu(maps).mean((2, 3), keepdim=True))).flatten(1))
+    for c in range(4): assert torch.allclose(cam(of(model), x, c).map, by_hand(model.conv(x[None]), rest, c), atol=1e-6)
+
+
+def test_convnext():
+    models = pytest.importorskip('torchvision.models')
+    torch.manual_seed(0)
+    model, x = models.convnext_tiny(num_classes=4).eval(), torch.randn(3, 64, 96)
+    m = cam(of(model), x, 2)
+    assert m.map.shape == (2, 3) and torch.allclose(m.map, by_hand(model.features(x[None]), lambda f: model.classifier(model.avgpool(f)), 2), atol=1e-6)
+
+
+def test_a_picture_that_shrinks_to_one_place_is_looked_at_before_it_does():
+    torch.manual_seed(0)
+    first, last = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), nn.Sequential(nn.Conv2d(6, 6, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    model, x = nn.Sequential(first, last).eval(), torch.randn(3, 4, 4)
+    m = cam(of(model), x, 1)
+    assert m.map.shape == (2, 2) and torch.allclose(m.map, by_hand(first(x[None]), last, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize('loss, ignored', [(F.cross_entropy, -100), (nn.CrossEntropyLoss(reduction='sum'), -100), (nn.CrossEntropyLoss(ignore_index=1), 1),
+                                           (partial(F.cross_entropy, ignore_index=0), 0), (LabelSmoothing(.1), -100), (lambda p, y: F.cross_entropy(p, y), -100)], ids=range(6))
+def test_what_the_loss_ignores_is_left_out(loss, ignored):
+    "Their losses were NaN, so they were the worst mistakes, and the mean was none."
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3, 8, 8), torch.randint(3, (40,))
+    y[::4] = ignored
+    keep = (y != ignored).nonzero().flatten()
+    learn = Learner(net(), DataBunch(*get_dls(Dataset(x, y), Dataset(x, y), 8), 3, 3), loss, cbs=CudaCallback('cpu'))
+    it, want = Interpretation.from_learner(learn), Interpretation.from_learner(learn, [(x[keep], y[keep])])
+    assert 0 < len(it) < 40 and it.targets.equal(y[keep]) and torch.allclose(it.preds, want.preds, atol=1e-6) and torch.allclose(it.losses, want.losses, atol=1e-6)
+    assert it.losses.isfinite().all() and it.top_losses(3)[1].equal(want.top_losses(3)[1]) and it.confusion_matrix().sum() == len(keep) and it.plot_top_losses(2)
+    for i in (0, 7, len(it) - 1): assert it.item(i).equal(x[keep[i]])
+    with pytest.raises(ValueError, match='none of these 40 items has a label that counts'):
+        Interpretation.from_learner(learn, [(x, torch.full_like(y, ignored))])
+
+
+@pytest.mark.parametrize('kw', [{}, {'in_memory': True}], ids=['read as it goes', 'in memory'])
+def test_files_of_those_that_count(folder, kw):
+    learn = Learner(net(), items(folder).to_databunch(8, seed=0, num_workers=0, **kw), nn.CrossEntropyLoss(ignore_index=1), cbs=[CudaCallback('cpu'), BatchTransformXCallback(NormalizeBytes([.4]*3, [.3]*3))])
+    it = Interpretation.from_learner(learn)
+    assert len(it) == 10 == len(it.files) and all(f.parent.name == it.vocab[t] for f, t in zip(it.files, it.targets)) and it.item(7).equal(learn.data.source.valid.x.new(it.files)[7])
+
+
+def test_numbers_are_ignored_by_no_loss():
+    "Targets that are no class indices stay, -100 among them."
+    x, y = torch.randn(6, 3, 8, 8), torch.tensor([-100., 1, 2, 3, 4, 5])
+    for t, c in ((y[:, None], 1), (y, 1), (F.one_hot(torch.arange(6) % 3).float(), 3)):
+        learn = Learner(net(c), DataBunch(None, [(x, t)], 3, c), lambda p, t: F.mse_loss(p.view_as(t), t), cbs=CudaCallback('cpu'))
+        assert Interpretation.from_learner(learn).targets.equal(t)
+
+
+def test_outputs_beyond_the_vocabulary_have_a_name(folder):
+    "A head of 5 for 3 classes. `most_confused` ended in an IndexError, and `per_class` left them out."
+    learn = Learner(net(5), items(folder).to_databunch(8, c_out=5, seed=0, num_workers=0), F.cross_entropy, cbs=[CudaCallback('cpu'), BatchTransformXCallback(NormalizeBytes([.4]*3, [.3]*3))])
+    learn.model[-1].bias.data[4] = 100.
+    it = Interpretation.from_learner(learn)
+    assert it.names == ['tench', 'church', 'zebra', 'output 3', 'output 4'] and it.vocab[:3] == sorted(COLOURS) and '5 classes' in repr(it)
+    assert it.most_confused() == [(n, 'output 4', 5) for n in it.names[:3]] and len(it.per_class()) == 5 and it.per_class()[4]['precision'] == 0
+    assert it.plot_confusion_matrix() and 'said output 4' in it.plot_top_losses(1).axes[0].get_title()
+    fig = I.show_cam(learn, [it.item(0)])
+    assert fig.axes[1].get_title().startswith('for 4: ')
+    assert Interpretation(torch.randn(4, 1), torch.randn(4, 1), torch.zeros(4), ['a']).names == ['a'] and Interpretation(torch.randn(4), torch.randn(4), torch.zeros(4), ['a', 'b']).names == ['a', 'b']

@@ -798,7 +798,7 @@ def test_predictions_that_fail_leave_nothing_behind():
     learn = learner(AvgStatsCallback(accuracy, silent=True), norm=True).fit(1)
     plain, n = type(learn.model).forward, learn.n_iter
     class Two(nn.Sequential):
-        def forward(self, x): o = super().forward(x); return o, o
+        def forward(self, x): return super().forward(x), 'two'
     learn.model.__class__ = Two
     kept = []
     for look in (learn.get_preds, lambda: learn.show_results(2)):
@@ -1018,3 +1018,158 @@ def test_a_batch_outside_of_a_fit_is_a_plain_step():
     learn.in_train, learn.iters = True, 1
     learn.one_batch(0, (x, y))
     assert torch.allclose(model.weight, w - .1*g)
+
+
+# what a hard user found
+
+def pieces(n, size, extra=0):
+    "An iterable data set of `n` rows in batches of `size`, whose length is said to be `extra` batches more."
+    class Rows(torch.utils.data.IterableDataset):
+        def __len__(self): return n + extra*size
+        def __iter__(self): return iter([(X[i], Y[i]) for i in range(n)])
+    return DataLoader(Rows(), size)
+
+
+@pytest.mark.filterwarnings('ignore:Length of IterableDataset')
+def test_accumulation_says_when_a_pass_was_shorter_than_its_length():
+    learn = Learner(net(), DataBunch(pieces(16, 8, extra=2), None), F.cross_entropy, lr=.1)
+    with pytest.warns(UserWarning, match='last 2 batches of epoch 0'): learn.fit(1, GradientAccumulation(4))
+
+
+@pytest.mark.parametrize('loss', [partial(F.cross_entropy, ignore_index=1), partial(F.cross_entropy, weight=torch.tensor([1., 5., .2]))])
+def test_accumulation_counts_what_the_loss_divides_by(loss):
+    w = loss.keywords.get('weight', torch.tensor([1., 0., 1.]))
+    def one(bs, *cbs):
+        learn = Learner(net(), DataBunch([(X[i:i + bs], Y[i:i + bs]) for i in range(0, 32, bs)], None), loss, torch.optim.SGD, .1)
+        return weights(learn.fit(1, list(cbs)))
+    whole = one(32)
+    assert torch.allclose(one(8, GradientAccumulation(4, count=lambda run: w[run.yb].sum())), whole, atol=1e-6)
+    assert not torch.allclose(one(8, GradientAccumulation(4)), whole, atol=1e-4)
+
+
+def test_a_group_keeps_its_own_rate():
+    def split(m): return [{'params': [*m[0].parameters()], 'lr': 1e-5}, {'params': [*m[2].parameters()]}]
+    for f in (torch.optim.SGD, sgd_opt): assert [h['lr'] for h in get_hypers(learner(opt_func=f, splitter=split).make_opt())] == [1e-5, .1]
+
+
+def test_no_decay_of_biases_with_torchs_optimizers():
+    learn = learner(opt_func=partial(torch.optim.AdamW, weight_decay=.5), splitter=norm_bias_groups, norm=True)
+    opt = learn.make_opt()
+    assert [g['weight_decay'] for g in opt.param_groups] == [.5, 0.] and not any('wd' in g for g in opt.param_groups)
+    for p in learn.model.parameters(): p.data.fill_(1.); p.grad = torch.zeros_like(p)
+    opt.step()
+    assert {p.dim(): p.min().item() for p in learn.model.parameters()} == {2: pytest.approx(.95), 1: 1.}
+
+
+def test_a_loss_with_parameters_of_its_own_is_refused():
+    t = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="1 parameter that is not the model's"): learner(splitter=lambda m: [[*m.parameters(), t]]).make_opt()
+
+
+def test_one_output_for_two_classes(data_home):
+    il = ImageList.from_files(data_home/'data'/'drawn-shapes-160', include=('train', 'val'), tfms=[make_rgb, ResizeFixed(8), to_byte_tensor])
+    il = il.new([f for f in il.items if f.parent.name in ('dots', 'waves')][::10])
+    data = label_by_func(SplitData.split_by_func(il, partial(grandparent_splitter, valid_name='val')), parent_labeler).to_databunch(4, seed=0, num_workers=0)
+    learn = Learner(nn.Flatten(), data, None)
+    said, p = learn.decode(torch.tensor([2.]))
+    assert said == 'waves' and torch.allclose(p, torch.tensor([1 - 1/(1 + math.exp(-2))]*1 + [1/(1 + math.exp(-2))]))
+    assert learn.decode(torch.tensor(-2.))[0] == 'dots'
+
+
+def test_values_without_a_data_block_are_values():
+    x = X[:4]
+    learn = Learner(nn.Linear(10, 2), DataBunch(None, [(x, x[:, :2])]), F.mse_loss)
+    said, p = learn.predict(x[0])
+    assert said == pytest.approx(p.tolist()) and torch.allclose(p, learn.get_preds()[0][0])
+    learn.loss_func = F.binary_cross_entropy_with_logits
+    said, q = learn.predict(x[0])
+    assert torch.allclose(q, p.sigmoid()) and said == [i for i in (0, 1) if p[i] > 0]
+    learn.loss_func = F.cross_entropy
+    assert torch.allclose(learn.predict(x[0])[1], p.softmax(0)) and learn.predict(x[0])[0] == p.argmax()
+
+
+@pytest.mark.parametrize('name', ['cross_entropy', 'nll', 'mape', 'bce_with_logits', 'kl_div', 'huber', 'wer', 'brier', 'ece', 'error_rate', 'perplexity'])
+def test_less_is_better_where_the_name_says_so(name): assert SaveBest(f'valid_{name}').sign == -1 and EarlyStopping(f'valid_{name}', bigger=True).sign == 1
+
+
+@pytest.mark.parametrize('name', ['accuracy', 'f1', 'precision', 'recall', 'auc', 'top_k', 'dice', 'power', 'piece_recall', 'newer'])
+def test_more_is_better_otherwise(name): assert SaveBest(f'valid_{name}').sign == 1
+
+
+def test_watching_a_validation_that_there_is_none_of():
+    learn = Learner(net(), DataBunch(toy().train_dl, None), F.cross_entropy, lr=.1, cbs=AvgStatsCallback(accuracy, silent=True))
+    for cb in (SaveBest(), EarlyStopping('valid_accuracy')):
+        with pytest.raises(ValueError, match='there is no validation data'): learn.fit(1, cb)
+    assert learn.fit(2, best := SaveBest('train_loss')) and best.best_epoch == 1
+
+
+def test_looks_leave_the_generator_of_a_data_set(data_home):
+    class Noisy(torch.utils.data.Dataset):
+        def __init__(self): self.g = torch.Generator().manual_seed(1)
+        def __len__(self): return 64
+        def __getitem__(self, i): return X[i] + torch.randn(10, generator=self.g), Y[i]
+    for look in (lambda l: l.lr_find(max_iter=3), lambda l: l.summary(), lambda l: l.get_preds(), lambda l: l.get_preds(l.data.train_dl), lambda l: l.validate()):
+        ds = Noisy()
+        learn = learner(data=DataBunch(DataLoader(ds, 16), DataLoader(torch.utils.data.Subset(ds, range(32)), 16)))
+        was = ds.g.get_state()
+        look(learn)
+        assert ds.g.get_state().equal(was)
+
+
+def test_loaders_without_length_or_batches():
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter([(X[0], Y[0])]*4)
+    dl = DataLoader(Rows(), 2)
+    for f in (lambda l: l.fit(1), lambda l: l.lr_find(), lambda l: l.summary(), lambda l: l.validate(dl), lambda l: l.get_preds(dl)):
+        with pytest.raises(ValueError, match='has no length'): f(learner(data=DataBunch(dl, None)))
+    with pytest.raises(ValueError, match='validation loader has no length'): learner(data=DataBunch(toy().train_dl, dl)).fit(1)
+    none = DataLoader(TensorDataset(X[:8], Y[:8]), 64, drop_last=True)
+    for f in (lambda l: l.fit(1), lambda l: l.lr_find(), lambda l: l.summary()):
+        with pytest.raises(ValueError, match='has no batch'): f(learner(data=DataBunch(none, None)))
+
+
+def test_predictions_of_several_outputs():
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = nn.Linear(10, 3), nn.Linear(10, 2)
+        def forward(self, x): return self.a(x), {'b': self.b(x)}
+    m = Two()
+    learn = Learner(m, DataBunch(None, DataLoader(TensorDataset(X, Y), 32)), lambda p, y: F.cross_entropy(p[0], y))
+    (a, d), y = learn.get_preds()
+    with torch.no_grad(): assert type(d) is dict and torch.allclose(a, m.a(X), atol=1e-6) and torch.allclose(d['b'], m.b(X), atol=1e-6) and y.equal(Y)
+    pairs = [(X[i:i + 32], (Y[i:i + 32], X[i:i + 32, :1])) for i in range(0, 140, 32)]
+    y1, y2 = learn.get_preds(pairs)[1]
+    assert y1.equal(Y) and y2.equal(X[:, :1])
+    learn.model = nn.Sequential(m, type('Odd', (nn.Module,), {'forward': lambda self, x: 'three'})())
+    with pytest.raises(TypeError, match='str'): learn.get_preds()
+
+
+@pytest.mark.parametrize('event, exc', [('begin_epoch', CancelEpochException), ('after_epoch', CancelEpochException), ('begin_fit', CancelEpochException),
+                                        ('begin_validate', CancelBatchException), ('after_loss', CancelStepException)])
+def test_a_cancel_out_of_place_says_where_it_belongs(event, exc):
+    def now(self, run): raise exc
+    with pytest.raises(exc, match=f'{exc.__name__}.*nothing of the kind.*(after_batch|after_backward)'): learner(type('Cancel', (Callback,), {event: now})()).fit(1)
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no limit of file sizes')
+def test_best_weights_on_a_full_disk(tmp_path):
+    import resource
+    learn = learner(AvgStatsCallback(accuracy, silent=True))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.warns(UserWarning, match='best.pt could not be written'): learn.fit(2, best := SaveBest('train_loss', tmp_path/'best.pt'))
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert best.weights is not None and [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize('metric, said', [(lambda p, y: (p.argmax(1) == y).float(), r'<lambda> gave 32 numbers'), (lambda p, y: {'a': 1}, '<lambda> gave a dict')])
+def test_a_metric_is_one_number(metric, said):
+    with pytest.raises(ValueError, match=said): learner(AvgStatsCallback(metric, silent=True)).fit(1)
+
+
+def test_validate_wants_one_number_too():
+    learn = learner()
+    learn.loss_func = partial(F.cross_entropy, reduction='none')
+    with pytest.raises(ValueError, match='the loss gave 40 numbers'): learn.validate()
+    learn.loss_func = lambda p, y: 3.
+    assert learn.validate()['loss'] == 3

@@ -2,6 +2,7 @@
 import copy
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -506,3 +507,16 @@ def test_a_loss_that_is_neither_mean_nor_sum_of_its_items_is_refused():
     with pytest.raises(ValueError, match='training batch 0.*neither the mean nor the sum'): learner(loss=weighted).fit(1, Mixup())
     diverged = pred.clone(); diverged[3, 1] = math.nan                   # no loss is refused for a network that has gone wrong
     assert MixLoss(total)(diverged, Y[:7]).isnan() and item_losses(total, diverged, Y[:7])[0].isnan().any()
+
+
+@pytest.mark.parametrize('make', [Mixup, CutMix, lambda: OneOf(Mixup(), CutMix())])
+@pytest.mark.parametrize('wrap', [lambda t: [t, t], lambda t: (t, t), lambda t: {'a': t}], ids=['list', 'tuple', 'dict'])
+def test_targets_that_are_no_one_tensor_are_refused_in_a_sentence(make, wrap):
+    mixer = make()
+    mixer.loss = MixLoss(F.cross_entropy)
+    run = SimpleNamespace(in_train=True, epoch=0, iter=0, iters=1, n_epochs=1, xb=X[:8], yb=wrap(Y[:8]))
+    mixer.off, before = 0, mixer.gen.get_state()
+    with pytest.raises(ValueError, match=f'mixes one tensor of targets; those of this batch are a {type(run.yb).__name__}'): mixer.begin_batch(run)
+    assert run.xb.equal(X[:8]) and mixer.gen.get_state().equal(before)
+    run.in_train = False
+    mixer.begin_batch(run)                                               # validation is no business of it

@@ -573,3 +573,25 @@ def test_only_the_first_batch_of_floats_is_looked_at(monkeypatch):
         for s in range(5): aug(x, gen(s))
         assert len(looks) == 1
         looks.clear()
+
+
+# found by users
+@pytest.mark.parametrize('xb', [[torch.rand(4, 3, 16, 16)], {'x': torch.rand(4, 3, 16, 16)}], ids=['list', 'dict'])
+@pytest.mark.parametrize('make', [lambda: BatchAugment(RandomFlip()), lambda: BatchCrop(8)])
+def test_inputs_that_are_no_one_tensor_are_refused_in_a_sentence(make, xb):
+    cb, run = make(), SimpleNamespace(in_train=True, xb=xb, epoch=0, n_epochs=1)
+    with pytest.raises(ValueError, match=f'{type(cb).__name__} .* one tensor.* {type(xb).__name__}'): cb.begin_batch(run)
+    run.in_train = False
+    cb.begin_batch(run)
+    assert run.xb is xb
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.uint8])
+@pytest.mark.parametrize('tfm', [RandomErasing(1.), RandomErasing(.5, value=.3), RandomColor(p=1., hue=.1, saturation=.2), RandomFlip(1.), RandomAffine(p=1.), RandomPerspective(p=1.)], ids=lambda t: type(t).__name__)
+def test_no_pictures_are_left_as_they_are(tfm, dtype):
+    aug = Augment(tfm)
+    for shape in ((0, 3, 16, 16), (0, 1, 5, 9)):
+        out = aug(torch.empty(shape, dtype=dtype), gen())
+        assert out.shape == shape and out.dtype == dtype
+    if isinstance(tfm, (RandomErasing, RandomColor)):
+        with pytest.raises(ValueError, match='augment before normalising'): aug(torch.full((2, 3, 8, 8), -2.), gen())            # nothing was looked at so far
