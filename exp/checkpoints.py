@@ -101,10 +101,10 @@ def _refuse(f):
     if not size: return 'the file is empty'
     if start[:1] == b'\x80': return 'it is a bare pickle, and none of it was run (if it is from torch before version 1.6: torch.load(…, weights_only=True), and save it again)'
     if start != b'PK\3\4': return 'it was not written by exp, nor by torch'
-    if not zipfile.is_zipfile(f): return f'it is cut off: its end is missing ({size:,} bytes are there)'
     try:
-        with zipfile.ZipFile(f) as z:
-            if any(i.compress_type for i in z.infolist()): return 'it is a zip file, but not one of torch'
+        if not zipfile.is_zipfile(f): return f'it is cut off: its end is missing ({size:,} bytes are there)'
+        with zipfile.ZipFile(f) as z:                           # 0x10 is DOS for a folder, of which torch would read no byte
+            if any(i.compress_type or i.external_attr & 0x10 for i in z.infolist()): return 'it is a zip file, but not one of torch'
             if name := z.testzip(): return f'it is damaged: the checksum of its part {name} is wrong'
     except Exception as e: return f'it is damaged ({e})'
 
@@ -149,8 +149,9 @@ def _differences(model, sd):
     "Sentences on what does not fit between `model` and the state dict `sd`, in the order of the model."
     here = model.state_dict()
     for k, t in here.items():
-        if not torch.is_tensor(t): continue
-        if not torch.is_tensor(o := sd.get(k)): yield f'{k} {tuple(t.shape)} is not in the file'
+        if not torch.is_tensor(t):                                          # of a module's get_extra_state
+            if k not in sd: yield f'{k} is not in the file'
+        elif not torch.is_tensor(o := sd.get(k)): yield f'{k} {tuple(t.shape)} is not in the file'
         elif o.shape != t.shape: yield f'{k} is {tuple(o.shape)} in the file and {tuple(t.shape)} in the model'
         elif o.is_floating_point() != t.is_floating_point(): yield f'{k} is {o.dtype} in the file and {t.dtype} in the model'
     yield from (f'{k} is in the file only' for k in sd if k not in here)
@@ -195,10 +196,14 @@ def load_opt(path, opt, model, saved):
 def save(self: Learner, path, opt=True):
     """Write the weights, and with `opt` the optimizer's state where there is one, to the file `path`, atomically.
 
-    A name that ends in `.safetensors`: the weights alone, in that format. Raises `CheckpointError` where writing fails."""
+    A name that ends in `.safetensors`: the weights alone, in that format, which has room for tensors only. Raises `CheckpointError` where
+    the model has more to save (`get_extra_state`), and where writing fails."""
     model = bare(self.model)
     if str(path).endswith('.safetensors'):
-        data = _safetensors().save({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, {'format': 'pt'})
+        sd = model.state_dict()
+        if odd := [k for k, v in sd.items() if not torch.is_tensor(v)]:
+            raise CheckpointError(f'{path}: not written, {odd[0]} is a {type(sd[odd[0]]).__name__} and safetensors holds tensors only: take a name that ends in .pt')
+        data = _safetensors().save({k: v.detach().cpu().contiguous().clone() for k, v in sd.items()}, {'format': 'pt'})
         write_atomic(path, lambda f: f.write(data))
     else:
         write_file(path, 'weights', {'model': model.state_dict(), **({'opt': opt_state(self.opt, model)} if opt and self.opt is not None else {})})
@@ -257,18 +262,31 @@ def _parts(dl):
     parts = [dl, getattr(dl, 'sampler', None), batches, getattr(batches, 'sampler', None), getattr(dl, 'dataset', None)]
     return list({id(o): o for o in parts if o is not None}.values())
 
-def _gens(owners): return list({id(g): g for o in owners for _, g in sorted(getattr(o, '__dict__', {}).items()) if isinstance(g, torch.Generator)}.values())
+def _gens(owners):
+    "The generators that `owners` have as attributes, each once: torch's, then numpy's (which files from before these were saved do not have)."
+    gens = [g for o in owners for _, g in sorted(getattr(o, '__dict__', {}).items()) if isinstance(g, (torch.Generator, np.random.Generator))]
+    return sorted({id(g): g for g in gens}.values(), key=lambda g: isinstance(g, np.random.Generator))
+
+# %% ../nbs/09d_checkpoints.ipynb #5d1c8e02
+def _gen_state(g):
+    "Where a generator of `_gens` stands, in plain types."
+    def lists(o): return {k: lists(v) for k, v in o.items()} if isinstance(o, dict) else o.tolist() if isinstance(o, np.ndarray) else o
+    return g.get_state() if isinstance(g, torch.Generator) else lists(g.bit_generator.state)
+
+def _set_gen_state(g, s):
+    if isinstance(g, torch.Generator): g.set_state(s)
+    else: g.bit_generator.state = s
 
 # %% ../nbs/09d_checkpoints.ipynb #56f77884
 def loader_state(dl):
     "What decides the coming order of a loader, in plain types: its generators, and its samplers' `seed` and `epoch` where they have them."
-    return {'generators': [g.get_state() for g in _gens(_parts(dl))],
+    return {'generators': [_gen_state(g) for g in _gens(_parts(dl))],
             'numbers': [{k: v for k in ('seed', 'epoch') if isinstance(v := getattr(o, k, None), int)} for o in _parts(dl)]}
 
 # %% ../nbs/09d_checkpoints.ipynb #8b842818
 def load_loader_state(dl, s):
     "Put a loader back to where `loader_state` found it."
-    for g, t in zip(_gens(_parts(dl)), s['generators']): g.set_state(t)
+    for g, t in zip(_gens(_parts(dl)), s['generators']): _set_gen_state(g, t)
     for o, numbers in zip(_parts(dl), s['numbers']):
         for k in ('seed', 'epoch'):
             if k in numbers and k in vars(o): setattr(o, k, numbers[k])
@@ -410,7 +428,7 @@ def state(self: Checkpoint, run, epoch, batch):
     return plain({'position': [epoch, batch], 'n_epochs': run.n_epochs, 'n_iter': run.n_iter, 'facts': self.facts, 'run': self.run_id, 'attempt': self.attempt,
                   'model': model.state_dict(), 'opt': opt_state(run.opt, model), 'grads': {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
                   'now': now, 'at_pass': self.at_pass or now, 'valid': loader_state(self.data.valid_dl) if self.data.valid_dl is not None else None,
-                  'callbacks': [[type(cb).__name__, cb.state_dict() if hasattr(cb, 'state_dict') else None, [g.get_state() for g in _gens([cb])]] for cb in self.others(run)]},
+                  'callbacks': [[type(cb).__name__, cb.state_dict() if hasattr(cb, 'state_dict') else None, [_gen_state(g) for g in _gens([cb])]] for cb in self.others(run)]},
                  'checkpoint')
 
 # %% ../nbs/09d_checkpoints.ipynb #1568b258
@@ -511,7 +529,7 @@ def load_callbacks(self: Checkpoint, run, d=None, quiet=False):
             continue
         _, sd, gens = left.pop(i)
         if sd is not None: cb.load_state_dict(_on(sd, device))
-        for g, t in zip(_gens([cb]), gens): g.set_state(t)
+        for g, t in zip(_gens([cb]), gens): _set_gen_state(g, t)
     if left and not quiet: warnings.warn(f'the checkpoint has the state of {", ".join(s[0] for s in left)}, which this fit lacks', stacklevel=2)
 
 # %% ../nbs/09d_checkpoints.ipynb #d1d053f5

@@ -526,12 +526,18 @@ class CategoryProcessor(Processor):
     def deproc1(self, idx): return self.vocab[int(idx)]
 
 # %% ../nbs/08_data_block.ipynb #56a1f42d
+def _labels(item):
+    "`item`, a list of labels. Raises `DataError` where it is none; a text is one of letters."
+    o = _plain(item)
+    if hasattr(o, '__iter__') and not isinstance(o, (str, bytes)): return item
+    raise DataError(f"a list of labels is wanted for each item, not {o!r} (TableLabeler's delim=' ' splits a text at its spaces)")
+
 class MultiCategoryProcessor(CategoryProcessor):
-    "Lists of labels to vectors of zeros and ones (C,), float32, and back to sorted lists."
-    def fit(self, items): self.set_vocab(sorted({_plain(l) for ls in items for l in ls}))
+    "Lists of labels to vectors of zeros and ones (C,), float32, and back to sorted lists. A text, or else no list, raises `DataError`."
+    def fit(self, items): self.set_vocab(sorted({_plain(l) for ls in items for l in _labels(ls)}))
     def proc1(self, item):
-        y = torch.zeros(len(self.vocab))
-        for l in item: y[CategoryProcessor.proc1(self, l)] = 1.
+        labels, y = _labels(item), torch.zeros(len(self.vocab))
+        for l in labels: y[CategoryProcessor.proc1(self, l)] = 1.
         return y
     def deproc1(self, y): return [self.vocab[i] for i in np.flatnonzero(np.asarray(y) > .5)]
 
@@ -619,6 +625,7 @@ class LabeledData:
             for p in proc if isinstance(proc, (list, tuple)) else [proc]: label = p.proc1(label)
             return True
         except DataError: return False
+        except AttributeError: return True                           # a fit that was refused at another label leaves nothing to take this one with
 
 # %% ../nbs/08_data_block.ipynb #61cafd7e
 @patch
@@ -809,6 +816,12 @@ def first(self: ItemLoader):
     "The first batch of the coming epoch, loaded here and now; looking at it touches neither the epoch nor the global generators."
     with same_draws(): xb, yb, _ = self.dataset[next(self.sampler.batches())]
     return xb if yb is None else (xb, yb)
+
+# %% ../nbs/08_data_block.ipynb #5d7c01ab
+@patch
+def __getstate__(self: ItemLoader):
+    "What a copy or a pickle gets: everything but the workers."
+    return {**vars(self), '_iterator': None, '_busy': False}
 
 # %% ../nbs/08_data_block.ipynb #8af22e27
 def no_workers_because(source, num_workers, need=0, context=None):

@@ -211,7 +211,7 @@ def readme_text(root):
 
 # %% ../nbs/00_export.ipynb #627a82df
 def main(args=None):
-    "`exp-export`: nbs/ to exp/. Exit status 0: done, or in step; 1: `--check` found a difference; 2: a fault in a notebook."
+    "`exp-export`: nbs/ to exp/. Exit status 0: done, or in step; 1: `--check` found a difference; 2: a fault in a notebook, or no nbdev."
     p = argparse.ArgumentParser('exp-export', description='Export the #export cells of the notebooks to the package exp.')
     p.add_argument('notebooks', nargs='*', help='notebooks to export (default: all of the project)')
     p.add_argument('--check', action='store_true', help='write nothing; exit 1 with a short diff where exp/ differs from nbs/')
@@ -227,9 +227,10 @@ def main(args=None):
         changed = write_all(root, texts)
         print('\n'.join(f'wrote {c}' for c in changed) if changed else f'{len(texts)} files already in step with their notebooks')
         return 0
-    except (ExportError, OSError) as e:
-        print(e, file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as e: said = f'exp-export needs {e.name.split(".")[0]}: pip install -e ".[nb]"'
+    except (ExportError, OSError) as e: said = e
+    print(said, file=sys.stderr)
+    return 2
 
 # %% ../nbs/00_export.ipynb #a0905826
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

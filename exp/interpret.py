@@ -30,20 +30,21 @@ from .learner import fit_only, in_order, split_batch
 
 # %% ../nbs/11a_interpret.ipynb #7ac2223b
 def item_losses(loss_func, preds, targets):
-    "The loss of each item (N,), float32 on the CPU: that of a batch of one, so that mean or sum do not matter. (Weights of classes cancel in it.)"
+    "The loss of each item (N,), float32 on the CPU: that of a batch of one, so that mean or sum do not matter. (Weights of classes cancel in it; a label that is ignored may give NaN.)"
     return torch.stack([loss_func(preds[i:i+1], targets[i:i+1]).detach().float().mean() for i in range(len(preds))]).cpu()
 
 # %% ../nbs/11a_interpret.ipynb #3a9fd404
 class Interpretation:
     """Predictions on one set of items, made once and in order, and what one asks of them.
 
-    `preds` (N, C): scores; `targets` (N,): class indices, or what else the loss takes; `losses` (N,); `vocab`: a label per class;
-    `files`: a name per item, or None; `item(i)`: input i of the model's batches, a tensor (C, H, W), or None."""
+    `preds` (N, C): scores; `targets` (N,): class indices, or what else the loss takes; `losses` (N,); `vocab`: a label per class (scores
+    beyond them are 'output 7' and so on); `files`: a name per item, or None; `item(i)`: input i of the model's batches, a tensor (C, H, W), or None."""
     def __init__(self, preds, targets, losses=None, vocab=None, files=None, item=None):
         if len(preds) != len(targets): raise ValueError(f'{len(preds):,} predictions but {len(targets):,} targets')
         self.preds, self.targets, self.files, self.item = preds, targets, files, item
         self.losses = item_losses(F.cross_entropy, preds, targets) if losses is None else losses
-        self.vocab = list(range(preds.shape[1] if preds.dim() > 1 else 1)) if vocab is None else list(vocab)
+        n = preds.shape[1] if preds.dim() > 1 else 1
+        self.vocab = list(range(n)) if vocab is None else [*vocab, *(f'output {i}' for i in range(len(vocab), n))]
         self.names = [readable(v) for v in self.vocab]
     def __len__(self): return len(self.preds)
     def __repr__(self): return f'Interpretation of {len(self):,} items, {len(self.names)} classes, mean loss {self.losses.mean():.4f}'
@@ -67,18 +68,29 @@ def _behind(learn, which, dl, n):
     ds = source if source is not None else getattr(dl, 'dataset', None)
     return files, (lambda i: torch.cat([split_batch(b)[0] for b in dl])[i]) if ds is None else (lambda i: ds[i][0])
 
+def _counted(loss_func, preds, targets):
+    "The rows whose label `loss_func` does not ignore, as a list; all, where targets are no class indices."
+    if preds.dim() != 2 or preds.shape[1] < 2 or targets.dim() != 1 or targets.is_floating_point(): return list(range(len(preds)))
+    ignored = getattr(loss_func, 'keywords', {}).get('ignore_index', getattr(loss_func, 'ignore_index', -100))         # of a partial, or of an object
+    return (targets != ignored).nonzero().flatten().tolist()
+
 # %% ../nbs/11a_interpret.ipynb #bd894e39
 @patch(cls_method=True)
 def from_learner(cls: Interpretation, learn, dl=None):
-    "The predictions of `learn` on `dl` (default: the validation set), each item once, row i for item i, shuffled or not. Nothing is changed."
+    """The predictions of `learn` on `dl` (default: the validation set), each item once, row i for item i, shuffled or not. Nothing is changed.
+
+    Items whose label the loss ignores (`ignore_index`, or -100) are left out: nothing was asked about them. Raises `ValueError` where none is left."""
     which = learn.data.valid_dl if dl is None else dl
     if which is None: raise ValueError('this learner has no validation set: give from_learner(learn, dl) a loader with targets')
     with learn.untouched(weights=False): dl = in_order(which)
     preds, targets = learn.get_preds(dl)
     if targets is None: raise ValueError('these items have no targets, so there is nothing to be wrong about: learn.get_preds(dl) gives the predictions')
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))          # where the loss may have tensors of its own
-    losses = item_losses(learn.loss_func or F.cross_entropy, preds.to(device), targets.to(device))
-    return cls(preds, targets, losses, getattr(learn.data, 'classes', None), *_behind(learn, which, dl, len(preds)))
+    loss_func, (files, item) = learn.loss_func or F.cross_entropy, _behind(learn, which, dl, len(preds))
+    if not (rows := _counted(loss_func, preds, targets)): raise ValueError(f'none of these {len(preds):,} items has a label that counts: the loss ignores them all')
+    preds, targets, files = preds[rows], targets[rows], files and [files[i] for i in rows]
+    losses = item_losses(loss_func, preds.to(device), targets.to(device))
+    return cls(preds, targets, losses, getattr(learn.data, 'classes', None), files, item and (lambda i: item(rows[i])))
 
 # %% ../nbs/11a_interpret.ipynb #789d2a4f
 @patch
@@ -245,9 +257,9 @@ def _calls(learn, xb):
     def note(hook, mod, inp, out): calls.append((mod, inp[0] if inp else None, out))
     with Hooks(bare(learn.model).modules(), note), forward(learn, xb) as pred: return pred.detach(), calls
 
-def _is_map(t):
-    "Is it (N, K, H, W)?"
-    return torch.is_tensor(t) and t.dim() == 4
+def _is_map(t, least=1):
+    "Is it (N, K, H, W), of `least` places or more?"
+    return torch.is_tensor(t) and t.dim() == 4 and t.shape[2]*t.shape[3] >= least
 
 def _pooled(pred, calls):
     "`(maps (K, H, W), linear layer, its output)` where the scores are a linear layer on the mean over space of some maps; else None."
@@ -255,8 +267,8 @@ def _pooled(pred, calls):
     if not heads: return None
     fc, v, s = heads[-1]
     tol = 1e-4 if v.dtype in (torch.float32, torch.float64) else 2e-2
-    maps = [o for _, _, o in calls if _is_map(o) and o.shape[1] == v.shape[1] and (o.float().mean((2, 3)) - v.float()).norm() <= tol*v.float().norm()]
-    maps = [o for o in maps if o[0, 0].numel() > 1] or maps
+    maps = [o for _, i, out in calls for o in (i, out) if _is_map(o, 2) and o.shape[1] == v.shape[1]]    # 2: one place is the mean of itself
+    maps = [o for o in maps if (o.float().mean((2, 3)) - v.float()).norm() <= tol*v.float().norm()]
     return (maps[-1][0], fc, s[0]) if maps else None
 
 def _class_map(maps, fc, scores, cls):
@@ -291,7 +303,8 @@ def cam(learn, x, cls=None, layer=None):
     if layer is None:
         pred, calls = _calls(learn, xb)
         if found := _pooled(pred, calls): return _class_map(*found, _class_index(learn, cls, pred))
-        layer = next((mod for mod, _, o in reversed(calls) if _is_map(o) and o[0, 0].numel() > 1), None)
+        other = {mod for mod, _, o in calls if not _is_map(o, 2)}             # also called on what was pooled: its last call is no such map
+        layer = next((mod for mod, _, o in reversed(calls) if mod not in other), None)
         if layer is None: raise ValueError('no layer of this model gives a map (N, K, H, W) of more than one place')
     return _grad_cam(learn, xb, cls, layer)
 
@@ -319,8 +332,8 @@ def show_cam(learn, xs, cls=None, layer=None, titles=None, cols=5, title=''):
         heat = cam(learn, xb[0], c, layer)
         show_image(xb[0], '', axs[2*r, j]); show_image(overlay(xb[0].cpu(), heat.map), '', axs[2*r + 1, j])
         axs[2*r, j].set_title(titles[i] if titles else '', fontsize=9)
-        vocab = getattr(learn.data, 'classes', None)
-        axs[2*r + 1, j].set_title(f'for {readable(vocab[heat.cls]) if vocab else heat.cls}: {heat.score:.1f}', fontsize=8)
+        names = dict(enumerate(getattr(learn.data, 'classes', None) or ()))
+        axs[2*r + 1, j].set_title(f'for {readable(names.get(heat.cls, heat.cls))}: {heat.score:.1f}', fontsize=8)
     fig.suptitle(title, fontsize=10); fig.tight_layout()
     return fig
 

@@ -8,7 +8,7 @@ __all__ = ['FIT_ONLY', 'one_group', 'spread_lrs', 'CancelStepException', 'Learne
            'GradientClip', 'EarlyStopping', 'SaveBest', 'CSVLogger', 'TensorBoardCallback']
 
 # %% ../nbs/09b_learner.ipynb #0878a1fc
-import csv, functools, itertools, os, random, re, warnings
+import copy, csv, functools, itertools, os, random, re, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from .callbacks import (EVENTS, NO_PASS, AvgStats, AvgStatsCallback, Callback, C
 from .convnets import Hooks, get_cnn_model, init_cnn
 from .data_block import ItemLoader, MultiCategoryProcessor, show_images
 from .datasets import readable
-from .optimizers import LR_Find, listify, opt_snapshot, sgd_opt
+from .optimizers import LR_Find, back_to_now, listify, opt_snapshot, sgd_opt
 
 # %% ../nbs/09b_learner.ipynb #199ec7e0
 def one_group(model):
@@ -319,8 +319,10 @@ def set_seed(seed, deterministic=False):
 
 # %% ../nbs/09b_learner.ipynb #f6dc72ae
 def _generators(owners):
-    "The `torch.Generator`s that these objects hold, each once."
-    return list({id(g): g for o in owners for g in getattr(o, '__dict__', {}).values() if isinstance(g, torch.Generator)}.values())
+    "The generators of torch and numpy that these objects hold, each once."
+    kinds = torch.Generator, np.random.Generator
+    return list({id(g): g for o in owners for g in getattr(o, '__dict__', {}).values() if isinstance(g, kinds)}.values())
+
 
 # %% ../nbs/09b_learner.ipynb #31ccf840
 def _rng_state():
@@ -361,7 +363,7 @@ def untouched(self: Learner, weights=True):
     samplers = [o for dl in dls for b in (dl, getattr(dl, 'batch_sampler', None)) for o in (b, getattr(b, 'sampler', None)) if o is not None]
     sets = [getattr(dl, 'dataset', None) for dl in dls]
     sets += [getattr(ds, 'dataset', None) for ds in sets]           # a `Subset` has another inside
-    gens = [(g, g.get_state()) for g in _generators([*dls, *samplers, *sets, *self.cbs])]
+    gens = [back_to_now(g) for g in _generators([*dls, *samplers, *sets, *self.cbs])]
     epochs, rng, mine = [(dl, dl.epoch) for dl in dls if hasattr(dl, 'epoch')], _rng_state(), dict(vars(self))
     model, theirs = self.model, [(cb, dict(vars(cb))) for cb in self.cbs if hasattr(cb, '__dict__')]
     modes = [(m, m.training) for m in model.modules()]
@@ -382,7 +384,7 @@ def untouched(self: Learner, weights=True):
             for p, g, was in grads: p.grad = g if g is None else g.copy_(was)
         for m, on in modes: m.training = on
         for dl, n in epochs: dl.epoch = n
-        for g, s in gens: g.set_state(s)
+        for back in gens: back()
         _set_rng_state(rng)
 
 # %% ../nbs/09b_learner.ipynb #ca4a771a
@@ -694,7 +696,7 @@ class SaveBest(_Watch):
         if not hasattr(run, 'add_cbs'): self.last.after_fit(run)                        # a Runner
     def after_epoch(self, run):
         if not self.improved(run): return
-        self.weights = {k: v.detach().clone() for k, v in run.model.state_dict().items()}
+        self.weights = {k: v.detach().clone() if torch.is_tensor(v) else copy.deepcopy(v) for k, v in run.model.state_dict().items()}
         if self.path:
             tmp = Path(f'{self.path}.tmp')
             try: torch.save(self.weights, tmp); os.replace(tmp, self.path)              # never half a file
@@ -712,7 +714,7 @@ def _last_row(run): return next((cb.rows[-1] for cb in run.cbs if isinstance(cb,
 
 # %% ../nbs/09b_learner.ipynb #06bf66ff
 class CSVLogger(Callback):
-    "Appends each epoch's row of the learner's table to the file `path`, at once, so that a run that breaks off has left its rows."
+    "Appends each epoch's row of the learner's table to the file `path`, at once, so that a run that breaks off has left its rows. Warns where it cannot be written."
     _order, _fit_only = 12, True
     def __init__(self, path='history.csv'): self.path = Path(path)
     def begin_fit(self, run):
@@ -731,11 +733,15 @@ class CSVLogger(Callback):
             with open(self.path, 'w', newline='', encoding='utf-8') as f: csv.writer(f).writerows([old, *rows[:n]])
     def after_epoch(self, run):
         row = _last_row(run)
-        new = not self.path.exists() or not self.path.stat().st_size
-        with open(self.path, 'a', newline='', encoding='utf-8') as f:
-            w = csv.DictWriter(f, row)
-            if new: w.writeheader()
-            w.writerow(row)
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, 'a', newline='', encoding='utf-8') as f:
+                w = csv.DictWriter(f, row)
+                if not size: w.writeheader()
+                w.writerow(row)
+        except OSError as e:                                            # a full disk is to cost a row, and not the training
+            warnings.warn(f'{self.path}: the row of epoch {run.epoch} could not be written ({e.strerror})', stacklevel=2)
+            if self.path.exists(): os.truncate(self.path, size)         # not half a row
 
 # %% ../nbs/09b_learner.ipynb #c46206f1
 class TensorBoardCallback(Callback):

@@ -179,10 +179,11 @@ def begin_fit(self: Mixer, run):
 # %% ../nbs/10b_mixup.ipynb #9fc8af9b
 @patch
 def begin_batch(self: Mixer, run):
-    "Mix a training batch and tell the loss how; validation, and what comes after `stop`, stays plain."
+    "Mix a training batch and tell the loss how; validation, and what comes after `stop`, stays plain. Raises `ValueError` for several inputs or targets."
     self.loss.set()
     if not run.in_train or run.epoch + run.iter/run.iters >= run.n_epochs - self.off: return
     if not torch.is_tensor(run.xb): raise ValueError(f'{type(self).__name__} mixes a tensor; this batch is a {type(run.xb).__name__}')
+    if not torch.is_tensor(run.yb): raise ValueError(f'{type(self).__name__} mixes one tensor of targets; those of this batch are a {type(run.yb).__name__}')
     run.xb, lam, perm = self(run.xb)
     self.loss.set(lam, perm)
 

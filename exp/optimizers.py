@@ -6,7 +6,8 @@
 __all__ = ['sgd_opt', 'sgd_mom_opt', 'lamb', 'lars', 'listify', 'Optimizer', 'sgd_step', 'weight_decay', 'l2_reg', 'Stat',
            'StatefulOptimizer', 'AverageGrad', 'momentum_step', 'nesterov_step', 'AverageSqrGrad', 'StepCount',
            'debias', 'adam_step', 'adam_opt', 'trust_ratio', 'lamb_step', 'lars_step', 'norm_bias_groups', 'NotBatched',
-           'TensorList', 'TorchOptimizer', 'CheckGrads', 'opt_snapshot', 'LR_Find', 'ParamScheduler', 'Recorder']
+           'TensorList', 'TorchOptimizer', 'CheckGrads', 'back_to_now', 'opt_snapshot', 'LR_Find', 'ParamScheduler',
+           'Recorder']
 
 # %% ../nbs/09_optimizers.ipynb #76ea3e32
 import inspect, random, warnings
@@ -300,7 +301,8 @@ lars = partial(StatefulOptimizer, steppers=[lars_step, momentum_step], stats=Ave
 def norm_bias_groups(model, no_decay=True, no_adapt=False):
     """Two parameter groups of `model`, with names: weights; biases and the parameters of norm layers (those of at most one dimension).
 
-    `no_decay` gives the second `wd=0`, `no_adapt` gives it `adapt=False` (LAMB and LARS); with neither there is one group."""
+    `no_decay` gives the second `wd=0`, `no_adapt` gives it `adapt=False` (LAMB and LARS); with neither there is one group.
+    Torch's optimizers call it `weight_decay` and pass over `wd`: a `Learner` translates; without one, rename the key."""
     named = [(n, p) for n, p in model.named_parameters()]
     special = {**({'wd': 0.} if no_decay else {}), **({'adapt': False} if no_adapt else {})}
     if not special: return [{'params': named}]
@@ -412,9 +414,10 @@ for _o in ('lt', 'le', 'gt', 'ge', 'eq', 'ne', 'and', 'or', 'xor', 'invert', 'po
     setattr(TensorList, f'__{_o}__', lambda self, *args, _f=getattr(torch.Tensor, f'__{_o}__'): self.each(_f, (self, *args), {}))
 
 # %% ../nbs/09_optimizers.ipynb #1cd2983f
+_PLAIN = (*_NUM, str, type(None))
 def _numbers(state): return {k: v for k, v in state.items() if not torch.is_tensor(v)}
 def _gather(states, log):
-    "The states of several parameters as one, with lists of tensors; the numbers are those of the first."
+    "The states of several parameters, of one `_kind`, as one with lists of tensors."
     return {k: TensorList([s[k] for s in states], log) if torch.is_tensor(v) else v for k, v in states[0].items()}
 def _scatter(state, states):
     "The way back: each state gets its tensors, and the numbers."
@@ -423,6 +426,27 @@ def _scatter(state, states):
             for s, t in zip(states, v.ts): s[k] = t
         else:
             for s in states: s[k] = v
+
+# %% ../nbs/09_optimizers.ipynb #5d1c7e03
+def _kind(state):
+    "What states must have in common to go in one list: names, types, numbers; `None` for one that holds other things than tensors, numbers and text."
+    if not all(isinstance(v, (torch.Tensor, *_PLAIN)) for v in state.values()): return None
+    return (*state, *map(type, state.values()), *(v for v in state.values() if not torch.is_tensor(v)))
+
+def _alike(ps, states):
+    "Batches `(ps, states)` of one kind each."
+    batches = {}
+    for p, s in zip(ps, states):
+        batch = batches.setdefault(id(s) if (k := _kind(s)) is None else k, ([], []))
+        batch[0].append(p); batch[1].append(s)
+    return list(batches.values())
+
+# %% ../nbs/09_optimizers.ipynb #5d1c7e05
+def _shared(state, tensors):
+    "`state`, as a stat has made it for many parameters at once. Raises `NotBatched` where it holds more than `tensors` (a type), numbers and text."
+    for k, v in state.items():
+        if not isinstance(v, (tensors, *_PLAIN)): raise NotBatched(f'it makes a {type(v).__name__} ({k!r}), of which each parameter needs its own')
+    return state
 
 # %% ../nbs/09_optimizers.ipynb #4a6bc169
 def _call(o, p, state, hypers):
@@ -483,7 +507,8 @@ def rehearse(self: Optimizer, ps, states, hypers):
             torch.random.set_rng_state(seed)
             try:
                 qs, ss = batched
-                _scatter(_call(o, TensorList(qs, log), _gather(ss, log), hypers), ss)
+                if len(_alike(qs, ss)) > 1: raise NotBatched('what is remembered differs in numbers from parameter to parameter')
+                _scatter(_shared(_call(o, TensorList(qs, log), _gather(ss, log), hypers), TensorList), ss)
                 if not _same(batched, now, _tolerance(ps[0])): self.no_batch(o, 'gives another result for many tensors at once')
             except Exception as e: self.no_batch(o, e)
     return True
@@ -506,30 +531,43 @@ def update(self: Optimizer, ps, hypers):
     for p in ps:
         new = stateful and p not in self.state                           # its state is not complete before the first step
         s = self.state_of(p) if stateful else {}
-        bucket = buckets.setdefault((new, p.device, p.dtype, p.grad.dtype, *(v if isinstance(v, (*_NUM, str)) else id(v) for v in _numbers(s).values())), ([], []))
+        if (kind := _kind(s)) is None: self.update_one(p, hypers); continue
+        bucket = buckets.setdefault((new, p.device, p.dtype, p.grad.dtype, kind), ([], []))
         bucket[0].append(p); bucket[1].append(s)
     for (new, *_), (ps, states) in buckets.items():
         if self.fast == 'compile' and not new: ps, states = self.update_compiled(ps, states, hypers)
-        if ps: self.update_batch(ps, states, hypers)
+        if len(ps) > 1: self.update_batch(ps, states, hypers)
+        elif ps: self.update_one(ps[0], hypers)
 
 # %% ../nbs/09_optimizers.ipynb #9704e906
 @patch
 def update_batch(self: Optimizer, ps, states, hypers):
-    "Update `ps` as one list. Raises `RuntimeError` where a stepper fails that has already changed some of it."
+    "Update `ps`, whose states are alike, as one list."
     kind = (ps[0].device, ps[0].dtype, frozenset(p.ndim for p in ps))
     if kind not in self.rehearsed and self.rehearse(ps, states, hypers): self.rehearsed.add(kind)
-    log, tried = [], kind in self.rehearsed
+    self.run_chain(self.chain(), ps, states, hypers, kind in self.rehearsed)
+
+# %% ../nbs/09_optimizers.ipynb #5d1c7e08
+@patch
+def run_chain(self: Optimizer, chain, ps, states, hypers, tried):
+    """Call `chain` on `ps`, whose states are alike, as one list; from where their numbers come apart, as one list for each number.
+
+    `tried`: whether there was a rehearsal. Raises `RuntimeError` where a stepper fails that has already changed some of them."""
+    log = []
     p, state = TensorList(ps, log), _gather(states, log)
-    for o in self.chain():
-        if tried and not any(o is u for u in self.unbatched):
+    for i, o in enumerate(chain):
+        if tried and len(ps) > 1 and not any(o is u for u in self.unbatched):
             log.clear()
-            try: state = _call(o, p, state, hypers); continue
+            try: state = _shared(_call(o, p, state, hypers), TensorList); continue
             except Exception as e:
                 if log: raise RuntimeError(f'{_name_of(o)} stopped halfway through a batched step ({e}); make the optimizer with fast=False') from e
                 self.no_batch(o, e)
         _scatter(state, states)
         _call_each(o, ps, states, hypers)
         if self.stats: self.state.update(zip(ps, states))
+        if len(parts := _alike(ps, states)) > 1:
+            for part in parts: self.run_chain(chain[i + 1:], *part, hypers, tried)
+            return
         state = _gather(states, log)
     _scatter(state, states)
 
@@ -615,7 +653,7 @@ def _play(chain, tape, p, g, tensors, numbers, hypers):
     for o in chain: state = _call(o, p, state, hypers)
     for k, t in tensors.items():
         if state[k].t is not t: raise NotBatched(f'the state {k} is replaced, not changed in place')
-    return {k: v for k, v in state.items() if not isinstance(v, _Taped)}
+    return {k: v for k, v in _shared(state, _Taped).items() if not isinstance(v, _Taped)}
 
 # %% ../nbs/09_optimizers.ipynb #627b0b68
 def _wide(p): return torch.float64 if p.dtype is torch.float64 else torch.float32     # a decay of 0.99 is 0.992 in bfloat16
@@ -673,6 +711,10 @@ def try_compile(self: Optimizer, p, state, keys, numbers, hypers, vec, after):
     if not _same((a, sa), (b, sb), _tolerance(p)): raise NotBatched('on a flat tensor it gives another result')
     return f
 
+# %% ../nbs/09_optimizers.ipynb #5d1c7e0d
+@patch
+def __getstate__(self: Optimizer): return {**vars(self), 'compiled': {}, 'flats': {}}
+
 # %% ../nbs/09_optimizers.ipynb #f1bb2d39
 def _keys(opt): return {opt.names.get(p, f'{i}.{j}'): p for i, ps in enumerate(opt.param_groups) for j, p in enumerate(ps)}
 
@@ -698,17 +740,19 @@ def state_dict(self: Optimizer):
 
 # %% ../nbs/09_optimizers.ipynb #075b53a7
 def _fit(v, p, what, like):
-    "A saved tensor `v` as the parameter `p` wants it: on its device, in its memory format. `like`: a fresh state of the same name, or None."
+    "A saved tensor `v` as the parameter `p` wants it: on its device, in its memory format, as precise as `like`, a fresh state of the same name (or None)."
     if not torch.is_tensor(v): return v
+    real = torch.is_tensor(like) and (v.is_floating_point() and like.is_floating_point() or v.is_complex() and like.is_complex())
+    dtype = like.dtype if real else v.dtype
     wrong = v.shape != like.shape if torch.is_tensor(like) else v.shape != p.shape and (v.ndim and v.numel() == p.numel() or v.ndim == p.ndim)
     if wrong: raise ValueError(f'{what}: saved with shape {tuple(v.shape)}, the parameter has {tuple(p.shape)}')
-    if v.shape == p.shape: return torch.empty_like(p, dtype=v.dtype).copy_(v)
-    return v.detach().clone().to(p.device)
+    if v.shape == p.shape: return torch.empty_like(p, dtype=dtype).copy_(v)
+    return v.detach().clone().to(p.device, dtype)
 
 # %% ../nbs/09_optimizers.ipynb #118e4f10
 @patch
 def load_state_dict(self: Optimizer, sd):
-    "Take over `state_dict()`, copied to each parameter's device. `ValueError` says what does not fit; then nothing has changed."
+    "Take over `state_dict()`, copied to each parameter's device, as precise as a fresh state. `ValueError` says what does not fit; then nothing has changed."
     if not isinstance(sd, dict) or not {'version', 'params', 'hypers', 'state'} <= sd.keys(): raise ValueError('this is no state of an exp optimizer')
     if sd['version'] != 1: raise ValueError(f'saved by a newer version (format {sd["version"]}, known: 1)')
     keys, expected = _keys(self), self.state_keys() if self.stats else set()
@@ -770,9 +814,15 @@ class CheckGrads(Callback):
 
 # %% ../nbs/09_optimizers.ipynb #a4cbd6bc
 def _generators(run):
-    "Generators that this fit may draw from: the loader's and its sampler's."
+    "Generators that this fit may draw from, torch's or numpy's: the loader's and its sampler's."
     dl = run.data.train_dl
-    return {id(g): g for g in (getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None))) if g is not None}.values()
+    gens = (getattr(o, 'generator', None) for o in (dl, getattr(dl, 'sampler', None)))
+    return {id(g): g for g in gens if isinstance(g, (torch.Generator, np.random.Generator))}.values()
+
+def back_to_now(g):
+    "A function that puts the generator `g` to where it stands now."
+    if isinstance(g, torch.Generator): return partial(g.set_state, g.get_state())
+    return partial(setattr, g.bit_generator, 'state', g.bit_generator.state)
 
 # %% ../nbs/09_optimizers.ipynb #4d3cbd99
 def opt_snapshot(opt):
@@ -797,7 +847,7 @@ class _Snapshot:
         self.counts = run.n_iter, run.epoch, run.in_train
         self.epochs = [(dl, dl.epoch) for dl in (run.data.train_dl, run.data.valid_dl) if hasattr(dl, 'epoch')]      # a loader's order may follow from it
         self.cpu, self.py, self.np = torch.get_rng_state(), random.getstate(), np.random.get_state()
-        self.gens = [(g, g.get_state()) for g in _generators(run)]
+        self.gens = [back_to_now(g) for g in _generators(run)]
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
 
 # %% ../nbs/09_optimizers.ipynb #b7a4da15
@@ -811,7 +861,7 @@ def back(self: _Snapshot):
     run.n_iter, run.epoch, run.in_train = self.counts
     for dl, n in self.epochs: dl.epoch = n
     torch.set_rng_state(self.cpu); random.setstate(self.py); np.random.set_state(self.np)
-    for g, s in self.gens: g.set_state(s)
+    for f in self.gens: f()
     if self.cuda is not None: torch.cuda.set_rng_state_all(self.cuda)
 
 # %% ../nbs/09_optimizers.ipynb #ca4895fd

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['NFS', 'ARCHS', 'ranger', 'OPTS', 'LRS', 'SCHEDS', 'TFMS', 'RECIPES', 'OTHERS', 'get_items', 'lesson', 'radam_step',
            'SlowWeights', 'lookahead_step', 'get_tfms', 'EMA', 'ValidateEvery', 'get_recipe', 'get_training',
-           'get_parser', 'find_data', 'settle', 'settings_line', 'result_line', 'summarise', 'get_cbs', 'free_bs',
-           'train_one', 'from_first', 'train', 'main']
+           'get_parser', 'find_data', 'found_data', 'new_folder', 'settle', 'settings_line', 'result_line', 'summarise',
+           'get_cbs', 'free_bs', 'train_one', 'from_first', 'only_here', 'settings_file', 'train', 'main']
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00003
-import argparse, json, math, os, platform, statistics, sys, time
+import argparse, itertools, json, math, os, platform, shlex, statistics, sys, time, warnings
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from torch import nn
 from .annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal, sched_cos, sched_no
 from .batchnorm import conv_layer
 from .callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CancelEpochException, CudaCallback, accuracy
-from .checkpoints import Checkpoint, bare, write_atomic
+from .checkpoints import Checkpoint, CheckpointError, bare, write_atomic
 from .convnets import get_cnn_model, init_cnn, keep_freed_memory
 from .data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb,
                             parent_labeler, to_byte_tensor)
@@ -42,7 +43,7 @@ from .xresnet import MaxBlurPool, xresnet18, xresnet34, xresnet50, xse_resnext50
 def get_items(path, size, train_size=None):
     """The pictures of a folder with train/CLASS/ and val/CLASS/ (or valid/), split and labelled: a `SplitData`. Raises `DataError`.
 
-    An item is uint8 (3, size, size), upright, squeezed to a square, and a class index; training pictures have `train_size` where it is given."""
+    An item is uint8 (3, size, size), upright, squeezed to a square, and a class index; training pictures have `train_size` where it is given. Warns of pictures in other places."""
     path = Path(path)
     if not path.is_dir(): raise DataError(f'{path} is no folder')
     valid = next((n for n in ('val', 'valid', 'validation') if (path/n).is_dir()), 'val')
@@ -50,6 +51,8 @@ def get_items(path, size, train_size=None):
         if not (path/n).is_dir(): raise DataError(f'{path} has no folder {n}/: wanted train/CLASS/picture.jpg and val/CLASS/picture.jpg')
     il = ImageList.from_files(path, include=('train', valid), tfms=[make_rgb, ResizeFixed(size), to_byte_tensor])
     items = label_by_func(SplitData.split_by_func(il, partial(grandparent_splitter, valid_name=valid)), parent_labeler)
+    if n := len(il) - len(items.train) - len(items.valid):
+        warnings.warn(f'{n} of {len(il)} pictures in {path} are left out: they do not lie in train/CLASS/ or {valid}/CLASS/', stacklevel=2)
     if train_size: items.train.x.tfms = [make_rgb, ResizeFixed(train_size), to_byte_tensor]
     return items
 
@@ -114,10 +117,11 @@ TFMS = 'none', 'flip', 'crop', 'strong'
 class EMA(Callback):
     """A moving average of the model's weights and buffers, which is validated, and left in the model at the end of a fit that was not broken off.
 
-    `decay` per step; `(1 + n)/(10 + n)` at step n where that is less. Source: Polyak and Juditsky 1992; the warm-up is TensorFlow's."""
+    `decay` per step; `(1 + n)/(10 + n)` at step n where that is less. What a module saves beside tensors stays as it is.
+    Source: Polyak and Juditsky 1992; the warm-up is TensorFlow's."""
     _order, _fit_only = 13, True                                          # after SaveBest, which keeps what was validated
     def __init__(self, decay=.999): self.decay, self.avg, self.own = decay, None, None
-    def now(self, run): return [t.detach() for t in bare(run.model).state_dict().values() if t.is_floating_point()]
+    def now(self, run): return [t.detach() for t in bare(run.model).state_dict().values() if torch.is_tensor(t) and t.is_floating_point()]
     def begin_fit(self, run): self.avg, self.own, self.n = [t.clone() for t in self.now(run)], None, 0
     def after_step(self, run):
         self.n += 1
@@ -231,17 +235,17 @@ def _recipe_options(p):
 def get_parser():
     "The options of `exp-train`."
     p = Parser('exp-train', description='Train a network on Imagenette (or a folder of yours) and report its accuracy.',
-               epilog='Exit status 0: trained; 2: a mistake in the options or the data; 3: another process of a distributed run was lost; 130: interrupted.')
+               epilog='Exit status 0: trained; 1: trained, but a file could not be written; 2: a mistake in the options or the data; 3: another process of a distributed run was lost; 130: interrupted; 141: nobody reads on.')
     p.add_argument('--data', help='imagenette, sample, or a folder with train/CLASS/ and val/CLASS/ (default: Imagenette where it can be had, else the sample)')
     _recipe_options(p)
     on = argparse.BooleanOptionalAction
     p.add_argument('--bf16', action=on, help='compute in 16 bits where the device does so by itself (default); --bf16: everywhere; --no-bf16 on a processor: the recipe cpu, if none is named')
     p.add_argument('--compile', action=on, help='torch.compile the network: a minute at first, sometimes faster after that')
-    p.add_argument('--seed', type=_number(int, 0), help='seed of weights, order and crops (42)')
+    p.add_argument('--seed', type=_number(int, 0, 2**32 - 1), help='seed of weights, order and crops (42)')
     p.add_argument('--runs', type=_number(int, 1), help='train this many times, with seeds that follow each other; mean and standard deviation')
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps (default: the best there is)')
     p.add_argument('--log-dir', metavar='DIR', help='settings, table, checkpoints and model go here (runs/ and the time)')
-    p.add_argument('--resume', action='store_true', help='go on where the run in --log-dir (default: the newest in runs/) was broken off')
+    p.add_argument('--resume', action='store_true', help='go on where the run in --log-dir (default: the newest in runs/) was broken off; where there is none in --log-dir yet, begin it')
     p.add_argument('--tensorboard', action='store_true', help='write for tensorboard as well, into the same folder')
     p.add_argument('--json', metavar='FILE', help='write the exact result here')
     return p
@@ -259,24 +263,39 @@ def find_data(name):
         return untar_data(URLs.SAMPLE), 'sample (drawn)'
     return path, 'sample (drawn)' if path.name == 'drawn-shapes-160' else path.name
 
+def found_data(given, path, name):
+    "The data in a run's settings: not what was asked for (`given`) but what was found, a folder by its whole path."
+    if given in ('imagenette', 'sample'): return given
+    return str(Path(path).resolve()) if given else 'sample' if name == 'sample (drawn)' else 'imagenette'
+
 # %% ../nbs/11b_train_imagenette.ipynb #11b0002d
+def new_folder(parent='runs'):
+    "A folder of its own in `parent`, named by the time: two commands of one second get two."
+    name = time.strftime('%Y%m%d-%H%M%S')
+    for n in itertools.count(1):
+        d = Path(parent)/(name if n == 1 else f'{name}-{n}')
+        try: d.mkdir(parents=True); return str(d)
+        except FileExistsError: pass
+
 OTHERS = dict(compile=False, seed=42, runs=1)                               # what is no recipe's
 
 def settle(a):
     """All settings of the parsed options `a`, as a dictionary of plain values: the recipe's, and what was changed. `a.log_dir` is set.
 
-    With `--resume`: those of the run in `a.log_dir`, if there is one. Without `--recipe`, `--no-bf16` on a processor means recipe `cpu`.
+    With `--resume`: those of the run in `a.log_dir`, if there is one. Without `--log-dir` a folder is made. Without `--recipe`, `--no-bf16` on a processor means recipe `cpu`.
     Raises `DataError` where an option contradicts the run's, and the `ValueError`s of `get_recipe`."""
     given = {k: v for k, v in vars(a).items() if k in ('data', 'recipe', 'bf16', *OTHERS, *RECIPES['cpu']) and v is not None}
     runs = sorted(Path('runs').glob('*/config.json'), key=lambda f: f.stat().st_mtime)
     if a.resume and not a.log_dir and not runs: raise DataError('--resume: there is no run in runs/; --log-dir DIR names another place')
-    if not a.log_dir: a.log_dir = str(runs[-1].parent) if a.resume else f'runs/{time.strftime("%Y%m%d-%H%M%S")}'
-    old = Path(a.log_dir)/'config.json'
+    if a.resume and not a.log_dir: a.log_dir = str(runs[-1].parent)
+    old = Path(a.log_dir)/'config.json' if a.log_dir else None
     if a.resume and old.exists(): return _same_settings(given, _begun_with(old), old)
-    if old.exists(): raise DataError(f'{a.log_dir} holds a run already: --resume goes on with it, another --log-dir begins a new one')
+    if old and old.exists(): raise DataError(f'{a.log_dir} holds a run already: --resume goes on with it, another --log-dir begins a new one')
+    if a.resume: print(f'exp-train: there is no run in {a.log_dir} yet: this begins one', file=sys.stderr)
     device = checked_device(a.device)
     name = a.recipe or ('cpu' if a.bf16 is False and device.type == 'cpu' else None)
     r = get_recipe(name, device, **{k: v for k, v in given.items() if k in RECIPES['cpu']})
+    if not a.log_dir: a.log_dir = new_folder()
     return {'data': a.data, 'bs_given': a.bs is not None, **r, 'crops': list(r['crops']), 'bf16': a.bf16, **OTHERS, **{k: v for k, v in given.items() if k in OTHERS}}
 
 # %% ../nbs/11b_train_imagenette.ipynb #bcfe8ff0
@@ -284,14 +303,16 @@ def _begun_with(file):
     "The settings in the config.json of a run; what an older `exp-train` did not know is as the run's recipe has it."
     try: old = json.loads(file.read_text())
     except ValueError as e: raise DataError(f'{file}: cannot be read ({e})') from None
+    if not isinstance(old, dict) or not {'data', 'seed', 'runs'} <= set(old): raise DataError(f'{file}: these are not the settings of a run')
     return {**RECIPES.get(old.get('recipe'), {}), **old}
 
 def _same_settings(given, old, file):
     "`old`, the settings that `file` holds, where none of `given` contradicts them. Raises `DataError`."
     for k, v in given.items():
         v = list(v) if isinstance(v, tuple) else v
-        if k == 'data' and old.get(k) and Path(v).resolve() == Path(old[k]).resolve(): continue        # the same folder by another name
-        if old.get(k) != v: raise DataError(f'{file.parent} was begun with {k} {old.get(k)}, and {v} is asked for: a run goes on as it began')
+        if k == 'data' and (d := old.get(k)) not in ('imagenette', 'sample') and (not d or Path(v).resolve() == Path(d).resolve() or not Path(d).exists()):
+            old = {**old, k: v}                                     # the same folder by another name, or moved: the checkpoint will know
+        elif old.get(k) != v: raise DataError(f'{file.parent} was begun with {k} {old.get(k)}, and {v} is asked for: a run goes on as it began')
     return old
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00031
@@ -312,7 +333,7 @@ def result_line(r):
 def summarise(results, n):
     "One result of several: mean and standard deviation (n − 1) of the accuracy, the seconds of all, and each by itself under `each`."
     acc = [r['accuracy'] for r in results]
-    return {**results[0], 'accuracy': statistics.mean(acc), 'std': statistics.stdev(acc), 'seconds': sum(r['seconds'] for r in results), 'runs': n, 'each': results}
+    return {**results[0], 'accuracy': statistics.mean(acc), 'std': statistics.stdev(acc), 'seconds': sum(r['seconds'] for r in results), 'runs': n, 'each': results, **({'lost': True} if any('lost' in r for r in results) else {})}
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b0002f
 def get_cbs(c, folder, stats, tensorboard=False):
@@ -324,11 +345,17 @@ def get_cbs(c, folder, stats, tensorboard=False):
     if tensorboard: cbs.append(TensorBoardCallback(folder/'tensorboard'))
     return cbs, ck
 
-# %% ../nbs/11b_train_imagenette.ipynb #11b00030
+# %% ../nbs/11b_train_imagenette.ipynb #11blost0
 def free_bs(n, bs=16):
     "`bs`, or the nearest batch size below it with which `n` pictures leave no last batch of one: batch norm wants two."
     return next((b for b in range(bs, 1, -1) if n % b != 1), bs)
 
+def _lost(file, write):
+    "`write(file)`; True where the disk would not take it. By then the training is over, and its accuracy is not to go the same way."
+    try: write(file)
+    except (OSError, CheckpointError) as e: _complain(e, 1); return True
+
+# %% ../nbs/11b_train_imagenette.ipynb #11b00030
 def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda: None):
     """One training with the settings `c` on the pictures in `path`, its files in `folder`; returns the result as a dictionary. Raises `DataError`.
 
@@ -340,16 +367,20 @@ def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda
     bs = c['bs'] if c['bs_given'] else free_bs(n_train, c['bs'] if n_train >= 2000 else 16)
     print(f"training on {name}: {n_train:,} images, validated on {n_valid:,} at {c['size']} px, {c['epochs']} epochs, seed {c['seed']}, {c['device']}", flush=True)
     print('  ' + ', '.join(f'{k} {v}' for k, v in settings_line({**c, 'bs': bs}).items()), flush=True)
+    if n_train > bs and n_train % bs == 1:
+        raise DataError(f'--bs {bs} leaves a last batch of one of the {n_train:,} pictures, and batch norm wants two: --bs {free_bs(n_train, bs)} does not')
     data = items.to_databunch(bs, seed=c['seed'], in_memory=None, valid_bs=min(128, 2*bs))
     cbs, ck = get_cbs(c, folder, stats, tensorboard)
     learn = get_training(data, c, c['device'], c['seed'], cbs)
     start = ck.start(learn)
     folder.mkdir(parents=True, exist_ok=True)
+    if start == (0, 0): rank0_only((folder/'history.csv').unlink)(missing_ok=True)        # of epochs that no checkpoint knows of
     rank0_only(begin)()
     learn.fit(c['epochs'], start=start)
-    rank0_only(learn.export)(folder/'model.pt')
-    result = dict(accuracy=stats.rows[-1]['valid_accuracy'], seconds=time.perf_counter() - started, data=name, n_train=n_train, n_valid=n_valid, bs=bs,
-                  rows=stats.rows, classes=data.classes, model=str(folder/'model.pt'), processes=rank_and_size()[1], threads=torch.get_num_threads(),
+    lost = rank0_only(_lost)(folder/'model.pt', learn.export)
+    before = sum(r['time'] for r in stats.rows if r['epoch'] < start[0])                  # epochs of earlier sittings
+    result = dict(accuracy=stats.rows[-1]['valid_accuracy'], seconds=before + time.perf_counter() - started, data=name, n_train=n_train, n_valid=n_valid, bs=bs,
+                  rows=stats.rows, classes=data.classes, model=None if lost else str(folder/'model.pt'), processes=rank_and_size()[1], threads=torch.get_num_threads(),
                   torch=torch.__version__, python=platform.python_version())
     return {**c, **result}
 
@@ -373,14 +404,47 @@ def _keep(file, r):
 
 def _kept(folder):
     "The result of a training that was finished before this one was broken off, else None."
-    done = all((folder/f).exists() for f in ('result.json', 'model.pt'))
-    return json.loads((folder/'result.json').read_text()) if done else None
+    model = folder/'model.pt'
+    if not model.exists() or not model.stat().st_size: return None
+    try: return {**json.loads((folder/'result.json').read_text()), 'model': str(model)}           # the folder may have moved
+    except (OSError, ValueError): return None                                                      # none, or half of one: the checkpoint makes it again
 
 # %% ../nbs/11b_train_imagenette.ipynb #25b87355
 def _no_nan(o):
     "`o` with None for NaN and infinity, which JSON does not have."
     if isinstance(o, dict): return {k: _no_nan(v) for k, v in o.items()}
     return [_no_nan(v) for v in o] if isinstance(o, list) else None if isinstance(o, float) and not math.isfinite(o) else o
+
+# %% ../nbs/11b_train_imagenette.ipynb #11bonly1
+@contextmanager
+def only_here(folder):
+    """Inside, this command alone trains into `folder`, which is made; one that is still empty at the end is removed.
+
+    Raises `DataError` where another is at work there (not on disks that know no locks)."""
+    from filelock import FileLock, Timeout
+    folder, lock = Path(folder), FileLock(str(Path(folder)/'.lock'))
+    def take():
+        folder.mkdir(parents=True, exist_ok=True)
+        try: lock.acquire(timeout=0)
+        except Timeout: raise DataError(f'{folder}: another exp-train is at work there') from None
+        except (OSError, NotImplementedError): pass
+    from_first(take)
+    try: yield
+    finally:
+        if lock.is_locked: (folder/'.lock').unlink(missing_ok=True); lock.release()
+        try: folder.rmdir()
+        except OSError: pass                                            # there is something in it
+
+# %% ../nbs/11b_train_imagenette.ipynb #11bonly2
+@contextmanager
+def settings_file(file, settings):
+    "Writes `settings` to `file` and gives `begin()`: a new file is removed again where an error comes before that is called."
+    new, begun = not file.exists(), []
+    rank0_only(_keep)(file, settings)
+    try: yield lambda: begun.append(True)
+    except BaseException:
+        if new and not begun: rank0_only(file.unlink)(missing_ok=True)
+        raise
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00033
 def train(a, done=None):
@@ -391,34 +455,43 @@ def train(a, done=None):
     done, results = [] if done is None else done, []
     c, a.log_dir = from_first(lambda: (settle(a), a.log_dir))
     c['device'] = str(checked_device(a.device))
-    path, name = find_data(c['data'])
-    def begin(): _keep(Path(a.log_dir)/'config.json', {k: v for k, v in c.items() if k != 'device'})
-    for i in range(c['runs']):
-        one = {**c, 'seed': c['seed'] + i}
-        folder = Path(a.log_dir)/f"seed-{one['seed']}"
-        done.append(AvgStatsCallback(accuracy))
-        results.append(from_first(lambda: _kept(folder)) or train_one(one, path, name, folder, done[-1], a.tensorboard, begin))
-        rank0_only(_keep)(folder/'result.json', results[-1])
-        if c['runs'] > 1: print(result_line({**results[-1]}), flush=True)
+    with only_here(a.log_dir):
+        path, name = find_data(c['data'])
+        c['data'] = found_data(c['data'], path, name)
+        with settings_file(Path(a.log_dir)/'config.json', {k: v for k, v in c.items() if k != 'device'}) as begin:
+            for i in range(c['runs']):
+                one = {**c, 'seed': c['seed'] + i}
+                folder = Path(a.log_dir)/f"seed-{one['seed']}"
+                done.append(AvgStatsCallback(accuracy))
+                r = from_first(lambda: _kept(folder)) or train_one(one, path, name, folder, done[-1], a.tensorboard, begin)
+                if r['data'] != name: raise DataError(f'{folder} was trained on {r["data"]}, and this is {name}')
+                if rank0_only(_lost)(folder/'result.json', lambda f: _keep(f, r)) or not r['model']: r = {**r, 'lost': True}
+                results.append(r)
+                if c['runs'] > 1: print(result_line(r), flush=True)
     return results[0] if c['runs'] == 1 else summarise(results, c['runs'])
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b00035
 def main(args=None):
-    "`exp-train`. Exit status 0: trained; 2: a mistake in the options or the data; 3: another process was lost; 130: interrupted."
+    "`exp-train`. Exit status 0: trained; 1: but a file could not be written; 2: a mistake in the options or the data; 3: another process was lost; 130: interrupted; 141: nobody reads on."
     a, done = get_parser().parse_args(args), []
+    empty = a.json and not os.path.exists(a.json)
     for out in (sys.stdout, sys.stderr):
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')          # a terminal that has no … must not end a training
     try:
         with process_group(timeout=120.):
             if a.json: open(a.json, 'a').close()                        # before the training, not after it
             r = train(a, done)
-            if a.json: rank0_only(_keep)(Path(a.json), r)
+            lost = a.json and rank0_only(_lost)(Path(a.json), lambda f: _keep(f, r))
             which = f" of seed {r['seed']}" if 'std' in r else ''
-            print(f"the model{which}, for pictures of yours: exp-predict {r['model']} PICTURE…\n{result_line(r)}", flush=True)
-        return 0
+            if r['model']: print(f"the model{which}, for pictures of yours: exp-predict {shlex.quote(r['model'])} PICTURE…", flush=True)
+            print(result_line(r), flush=True)
+        return 1 if lost or 'lost' in r else 0
     except KeyboardInterrupt: return _complain(f'interrupted {_how_far(a, done)}', 130, os.environ.get('RANK', '0') == '0')
     except ProcessLost as e: print(f'exp-train: {e}', file=sys.stderr); return 3                     # it names its process itself
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 141           # exp-train … | head
     except (DataError, OSError, ValueError, ImportError) as e: return _complain(e, 2, not getattr(e, 'told', False))
+    finally:
+        if empty and os.path.exists(a.json) and not os.path.getsize(a.json): os.unlink(a.json)
 
 # %% ../nbs/11b_train_imagenette.ipynb #0a73c121
 def _complain(said, status, aloud=True):
@@ -433,11 +506,11 @@ def _how_far(a, done):
     rows = [r for r in done[-1].rows if r['valid_accuracy'] == r['valid_accuracy']] if done else []
     n = len(done[-1].rows) if done else 0
     best = f', accuracy {rows[-1]["valid_accuracy"]:.3f} after epoch {rows[-1]["epoch"]}' if rows else ''
-    return f'after {n} epochs{best}' + (f'; exp-train --resume --log-dir {a.log_dir} goes on' if n or len(done or ()) > 1 else '')
+    return f'after {n} epochs{best}' + (f'; exp-train --resume --log-dir {shlex.quote(a.log_dir)} goes on' if n or len(done or ()) > 1 else '')
 
 # %% ../nbs/11b_train_imagenette.ipynb #e325fc84
 if __name__ == '__main__' and '__file__' in globals():
     status = main()
-    sys.stdout.flush(); sys.stderr.flush()
+    for out in filter(None, (sys.stdout, sys.stderr)): out.flush()
     if 'RANK' in os.environ: os._exit(status)
     sys.exit(status)

@@ -477,6 +477,7 @@ class Draw:
         self.looked = [] if looked is None else looked
     def __call__(self, xb):
         if tuple(xb.shape) != self.shape: raise ValueError(f'drawn for a batch {self.shape}, and this one is {tuple(xb.shape)}')
+        if not len(xb): return xb
         if (self.color or self.paint) and xb.is_floating_point() and not self.looked:
             lo, hi = xb[0].min().item(), xb[0].max().item()                    # on a GPU: a wait for all that it has to do
             if not -.01 <= lo <= hi <= 1.01:
@@ -512,9 +513,14 @@ class Augment:
     def __call__(self, xb, generator=None): return self.draw(xb.shape, generator)(xb)
 
 # %% ../nbs/10_transforms.ipynb #ca73708c
+def _pictures(cb, xb):
+    "`xb`, the inputs of a batch. Raises `ValueError` where they are not one tensor."
+    if torch.is_tensor(xb): return xb
+    raise ValueError(f'{type(cb).__name__} takes pictures, one tensor (N, C, H, W); the inputs of this batch are a {type(xb).__name__}')
+
 class BatchAugment(Callback):
     """Augments training batches on their device; validation never gets there. `seed` (None: from torch's global generator) starts the generator,
-    whose state checkpoints save.
+    whose state checkpoints save. Raises `ValueError` for inputs that are not one tensor.
 
     `kwargs`: `mode` and `padding` of the `Augment` that is made of `tfms`.
     Works on bytes or on floats 0–1, so it goes before normalising (`_order`). It belongs to the fit: `lr_find`, `predict` and exports are without it."""
@@ -524,7 +530,7 @@ class BatchAugment(Callback):
         self.augment = tfms[0] if len(tfms) == 1 and isinstance(tfms[0], Augment) else Augment(*tfms, **kwargs)
         self.generator = torch.Generator().manual_seed(torch.randint(2**62, ()).item() if seed is None else seed)
     def begin_batch(self, run):
-        if run.in_train: run.xb = self.augment(run.xb, self.generator)
+        if run.in_train: run.xb = self.augment(_pictures(self, run.xb), self.generator)
 
 # %% ../nbs/10_transforms.ipynb #5e11ca02
 def crop_batch(xb, boxes, size):
@@ -551,5 +557,5 @@ class BatchCrop(Callback):
         return min(max(s, min(first, last)), max(first, last))           # a step may lead beyond the last
     def begin_batch(self, run):
         if not run.in_train: return
-        h, w = run.xb.shape[2:]
+        h, w = _pictures(self, run.xb).shape[2:]
         run.xb = crop_batch(run.xb, [self.crop.get_corners(w, h) for _ in run.xb], self.size_in(run.epoch, run.n_epochs))

