@@ -85,6 +85,7 @@ def from_learner(cls: Interpretation, learn, dl=None):
     with learn.untouched(weights=False): dl = in_order(which)
     preds, targets = learn.get_preds(dl)
     if targets is None: raise ValueError('these items have no targets, so there is nothing to be wrong about: learn.get_preds(dl) gives the predictions')
+    if not (torch.is_tensor(preds) and torch.is_tensor(targets)): raise ValueError('an Interpretation is of one output and one target; this model has several: take one of learn.get_preds(dl)')
     device = next((p.device for p in learn.model.parameters()), torch.device('cpu'))          # where the loss may have tensors of its own
     loss_func, (files, item) = learn.loss_func or F.cross_entropy, _behind(learn, which, dl, len(preds))
     if not (rows := _counted(loss_func, preds, targets)): raise ValueError(f'none of these {len(preds):,} items has a label that counts: the loss ignores them all')
@@ -388,6 +389,7 @@ def _agree(learn, f, xb, what):
     noise = torch.rand(3, *xb.shape[1:], generator=g)
     noise = noise.to(xb.dtype) if xb.is_floating_point() else (noise*256).to(xb.dtype)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False): ours, theirs = learn.get_preds([noise])[0], f(noise)
+    if not torch.is_tensor(ours): raise ValueError(f'{what}: a model with several outputs cannot be compared with its copy; wrap it in one that gives one of them')
     if not (err := (ours - theirs).abs().max().item()) <= 1e-4*max(1, ours.abs().max().item()):
         raise ValueError(f'{what} differs from the learner by {err:.2g}: a callback shapes the batch in a way that cannot travel ({", ".join(type(cb).__name__ for cb in learn.cbs)})')
 

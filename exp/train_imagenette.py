@@ -153,8 +153,8 @@ RECIPES = dict(
                 mixup=0., cutmix=0., smooth=0., ema=0., validate=1),
     cpu=dict(arch='xresnet18', width=.5, epochs=5, size=96, crops=(48, 80), bs=64, opt='adam', lr=.01, wd=.01, sched='cycle', tfms='crop',
              mixup=0., cutmix=0., smooth=.1, ema=0., validate=2),
-    cpu16=dict(arch='xresnet18', width=.5, epochs=13, size=112, crops=(64, 96), bs=64, opt='adam', lr=.01, wd=.01, sched='cycle', tfms='crop',
-               mixup=0., cutmix=0., smooth=.1, ema=0., validate=4),
+    cpu16=dict(arch='xresnet18', width=.5, epochs=26, size=96, crops=(48, 80), bs=64, opt='adam', lr=.01, wd=.03, sched='cycle', tfms='crop',
+               mixup=0., cutmix=0., smooth=.1, ema=0., validate=6),
     gpu=dict(arch='leaderboard', width=1., epochs=5, size=128, crops=None, bs=32, opt='ranger', lr=8e-3, wd=1e-4, sched='flat', tfms='flip',
              mixup=0., cutmix=0., smooth=.1, ema=0., validate=1))
 

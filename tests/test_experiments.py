@@ -75,3 +75,15 @@ def test_a_recipe_in_two_sittings(script, tmp_path, data_home, monkeypatch):
     rec.main()
     (row,) = csv.DictReader(l for l in open(tmp_path/'r.csv') if l[0] != '#')
     assert row['recipe'] == 'tiny' and row['epochs'] == '2' and 0 < float(row['accuracy']) < 1 and not result.exists()
+
+
+def test_an_arm_of_five_minutes(script, tmp_path, data_home, monkeypatch):
+    for k, v in small_env(data_home).items(): monkeypatch.setenv(k, v)
+    five = script('five_minutes')
+    monkeypatch.setattr(five, 'ARMS', {'small': (dict(width=.125, **five.SILU), dict(epochs=1, size=16, crops=(8, 16), bs=100))})
+    monkeypatch.setattr(sys, 'argv', ['five_minutes.py', '--folder', str(tmp_path/'parts'), '--out', str(tmp_path/'f.csv')])
+    five.main(); five.main()
+    (row,) = csv.DictReader(l for l in open(tmp_path/'f.csv') if l[0] != '#')
+    train, val = ({f.name for f in (tmp_path/'parts'/s).rglob('*.JPEG')} for s in ('train', 'val'))
+    assert (row['n_train'], row['n_valid']) == ('640', '160') == (str(len(train)), str(len(val))) and not train & val and 0 < float(row['accuracy']) < 1
+    assert row['network'] == "{'width': 0.125, 'act': 'SiLU'}"

@@ -739,3 +739,14 @@ def test_outputs_beyond_the_vocabulary_have_a_name(folder):
     fig = I.show_cam(learn, [it.item(0)])
     assert any(ax.get_title().startswith('for 4: ') for ax in fig.axes)
     assert Interpretation(torch.randn(4, 1), torch.randn(4, 1), torch.zeros(4), ['a']).names == ['a'] and Interpretation(torch.randn(4), torch.randn(4), torch.zeros(4), ['a', 'b']).names == ['a', 'b']
+
+
+def test_a_model_of_several_outputs_is_refused_in_a_sentence():
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.a = nn.Linear(12, 3)
+        def forward(self, x): x = x.flatten(1); return self.a(x), x
+    x, y = torch.randn(8, 3, 2, 2), torch.zeros(8).long()
+    learn = Learner(Two(), DataBunch(None, [(x, y)], 3, 3), F.cross_entropy)
+    with pytest.raises(ValueError, match='one output and one target'): Interpretation.from_learner(learn)
+    from exp.interpret import to_exported_program
+    with pytest.raises(ValueError, match='several outputs'): to_exported_program(learn, x=x)

@@ -318,7 +318,7 @@ def test_recipes(monkeypatch):
         monkeypatch.setattr(T, 'native_dtype', lambda device, native=native: (native, ''))
         assert T.get_recipe(device='cpu')['recipe'] == T.settle(T.get_parser().parse_args(['--device', 'cpu', '--log-dir', '/nowhere/x']))['recipe'] == want
         assert T.settle(T.get_parser().parse_args(['--device', 'cpu', '--no-bf16', '--log-dir', '/nowhere/x']))['recipe'] == 'cpu'
-    assert {**T.RECIPES['cpu'], **dict(epochs=13, size=112, crops=(64, 96), validate=4)} == T.RECIPES['cpu16']      # the row of 13 epochs in the README
+    assert {**T.RECIPES['cpu'], **dict(epochs=26, wd=.03, validate=6)} == T.RECIPES['cpu16']      # the row of 26 epochs in the README
     assert T.get_recipe('lesson', opt='adam')['lr'] == T.LRS['adam'] and T.get_recipe('lesson', opt='adam', lr=1.)['lr'] == 1. and T.get_recipe('lesson', opt='sgd')['lr'] == .3
     with pytest.raises(ValueError, match="no recipe 'cake'; there are lesson"): T.get_recipe('cake')
     options = vars(T.get_parser().parse_args([]))
