@@ -494,7 +494,7 @@ def ranked(learn, pred, k=1):
     proc = source.train.y.procs[-1] if source is not None and source.train.y.procs else None
     if proc is not None and not hasattr(proc, 'vocab') or vocab is None: return [(label, None)]
     if isinstance(proc, MultiCategoryProcessor): k = len(label)
-    return [(vocab[i], p[i].item()) for i in p.argsort(descending=True, stable=True)[:k].tolist()]
+    return [(vocab[i] if i < len(vocab) else f'output {i}', p[i].item()) for i in p.argsort(descending=True, stable=True)[:k].tolist()]
 
 # %% ../nbs/11a_interpret.ipynb #20c416eb
 class Parser(argparse.ArgumentParser):

@@ -554,7 +554,9 @@ def decode(self: Learner, pred):
     source = getattr(self.data, 'source', None)
     proc = source.train.y.procs[-1] if source is not None and source.train.y.procs else None
     if isinstance(proc, MultiCategoryProcessor): p = pred.sigmoid(); return proc.deproc1(p), p
-    if hasattr(proc, 'vocab'): p = _shares(pred, len(proc.vocab)); return proc.deproc1(p.argmax()), p
+    if hasattr(proc, 'vocab'):
+        p = _shares(pred, len(proc.vocab)); i = int(p.argmax())
+        return (proc.deproc1(i) if i < len(proc.vocab) else f'output {i}'), p                # the model may have more outputs than there are classes
     if proc: return proc.deproc1(pred.squeeze()), pred
     if _is(self.loss_func, *_OF_LOGITS): p = pred.sigmoid(); return (p > .5).nonzero().flatten().tolist(), p
     if _kind(self.loss_func) == 'pair' or pred.numel() == 1: return pred.squeeze().tolist(), pred

@@ -1075,6 +1075,9 @@ def test_one_output_for_two_classes(data_home):
     said, p = learn.decode(torch.tensor([2.]))
     assert said == 'waves' and torch.allclose(p, torch.tensor([1 - 1/(1 + math.exp(-2))]*1 + [1/(1 + math.exp(-2))]))
     assert learn.decode(torch.tensor(-2.))[0] == 'dots'
+    assert learn.decode(torch.tensor([0., 1., 5.]))[0] == 'output 2' and learn.decode(torch.tensor([0., 9., 5.]))[0] == 'waves'       # more outputs than classes
+    from exp.interpret import ranked
+    assert [n for n, _ in ranked(learn, torch.tensor([0., 1., 5.]), 3)] == ['output 2', 'waves', 'dots']
 
 
 def test_values_without_a_data_block_are_values():
