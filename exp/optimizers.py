@@ -430,8 +430,13 @@ def _scatter(state, states):
 # %% ../nbs/09_optimizers.ipynb #5d1c7e03
 def _kind(state):
     "What states must have in common to go in one list: names, types, numbers; `None` for one that holds other things than tensors, numbers and text."
-    if not all(isinstance(v, (torch.Tensor, *_PLAIN)) for v in state.values()): return None
-    return (*state, *map(type, state.values()), *(v for v in state.values() if not torch.is_tensor(v)))
+    kind = [*state]
+    for v in state.values():                                    # of every parameter, in every step: no time to lose
+        kind.append(t := type(v))
+        if t is torch.Tensor or isinstance(v, torch.Tensor): continue
+        if not isinstance(v, _PLAIN): return None
+        kind.append(v)
+    return tuple(kind)
 
 def _alike(ps, states):
     "Batches `(ps, states)` of one kind each."
