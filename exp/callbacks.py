@@ -162,10 +162,10 @@ def batch_len(xb, yb=None):
 # %% ../nbs/04_callbacks.ipynb #9f4744a1
 def _one_number(v, name, device=None):
     "`v`, what a loss or metric gave for a batch, as a float32 tensor without dimensions. Raises `ValueError` where it is no single number."
-    try: t = torch.as_tensor(v, device=device)
+    try: t = torch.as_tensor(v)
     except (TypeError, ValueError, RuntimeError): raise ValueError(f'{name} gave a {type(v).__name__}; one number for the batch is wanted') from None
     if t.numel() != 1: raise ValueError(f'{name} gave {t.numel()} numbers; one for the batch is wanted, say their mean')
-    return t.detach().float().reshape(())
+    return t.detach().float().reshape(()).to(device)
 
 class AvgStats:
     "Running averages of the loss and of `metrics` (functions of `pred, yb`) over one pass, weighted by batch size."

@@ -368,7 +368,7 @@ def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda
     print(f"training on {name}: {n_train:,} images, validated on {n_valid:,} at {c['size']} px, {c['epochs']} epochs, seed {c['seed']}, {c['device']}", flush=True)
     print('  ' + ', '.join(f'{k} {v}' for k, v in settings_line({**c, 'bs': bs}).items()), flush=True)
     if n_train > bs and n_train % bs == 1:
-        raise DataError(f'--bs {bs} leaves a last batch of one of the {n_train:,} pictures, and batch norm wants two: --bs {free_bs(n_train, bs)} does not')
+        raise DataError(f'--bs {bs} leaves a last batch of one of the {n_train:,} pictures, and batch norm wants two: --bs {next(b for b in range(bs + 1, n_train + 2) if n_train % b != 1)} does not')
     data = items.to_databunch(bs, seed=c['seed'], in_memory=None, valid_bs=min(128, 2*bs))
     cbs, ck = get_cbs(c, folder, stats, tensorboard)
     learn = get_training(data, c, c['device'], c['seed'], cbs)
@@ -431,17 +431,22 @@ def only_here(folder):
     from_first(take)
     try: yield
     finally:
-        if lock.is_locked: (folder/'.lock').unlink(missing_ok=True); lock.release()
-        try: folder.rmdir()
-        except OSError: pass                                            # there is something in it
+        mine = lock.is_locked
+        for end in ((folder/'.lock').unlink, lock.release, (folder/'.lock').unlink, folder.rmdir) if mine else (folder.rmdir,):
+            try: end()                                                  # an open file cannot be removed on Windows; a folder only if nothing is in it
+            except OSError: pass
 
 # %% ../nbs/11b_train_imagenette.ipynb #11bonly2
 @contextmanager
 def settings_file(file, settings):
-    "Writes `settings` to `file` and gives `begin()`: a new file is removed again where an error comes before that is called."
+    """Writes `settings` to `file` and gives `begin()`. A new file is written at once, and removed where an error comes before `begin()` is called;
+    one that there is already is written by `begin()`, when the checkpoint has agreed to go on."""
     new, begun = not file.exists(), []
-    rank0_only(_keep)(file, settings)
-    try: yield lambda: begun.append(True)
+    if new: rank0_only(_keep)(file, settings)
+    def begin():
+        if not new and not begun: _keep(file, settings)
+        begun.append(True)
+    try: yield begin
     except BaseException:
         if new and not begun: rank0_only(file.unlink)(missing_ok=True)
         raise

@@ -608,3 +608,19 @@ def test_nobody_reads_on(data_home, tmp_path):
     p.stdout.readline(); p.stdout.close()
     err = p.stderr.read(); p.wait(400)
     assert p.returncode == 141 and 'Traceback' not in err
+
+
+def test_wrong_data_on_the_way_back_does_not_stay_in_the_settings(pets, tmp_path, capsys):
+    "The folder has moved, another one is named by mistake: the checkpoint refuses it, and the right one must still be welcome."
+    assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r']) == 0
+    (tmp_path/'r/seed-42/result.json').unlink()
+    pets.rename(tmp_path/'moved'); (tmp_path/'others').mkdir(); folder(tmp_path/'others', n=40)
+    go_on = ['--resume', '--log-dir', 'r', '--device', 'cpu', '--data']
+    assert T.main([*go_on, 'others']) == 2 and 'the data is not the same' in capsys.readouterr().err
+    assert T.main([*go_on, 'moved']) == 0 and json.loads((tmp_path/'r/config.json').read_text())['data'] == str(tmp_path/'moved')
+
+
+@pytest.mark.parametrize('bs, other', [(5, 6), (3, 4)])
+def test_the_batch_size_that_is_named_instead_fits(pets, capsys, bs, other):
+    assert T.main([*QUICK, '--data', 'pets', '--bs', str(bs), '--log-dir', 'r']) == 2 and f'--bs {other} does not' in capsys.readouterr().err      # 16 = 5·3 + 1
+    assert T.main([*QUICK, '--data', 'pets', '--bs', str(other), '--log-dir', 'r']) == 0
