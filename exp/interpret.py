@@ -27,6 +27,7 @@ from .convnets import Hook, Hooks
 from .data_block import ItemList, ItemLoader, MultiCategoryProcessor, get_files, image_extensions, same_draws, show_image
 from .datasets import IMAGENETTE_NAMES, DataError, readable
 from .learner import fit_only, in_order, split_batch
+from .mixup import ignored_label
 
 # %% ../nbs/11a_interpret.ipynb #7ac2223b
 def item_losses(loss_func, preds, targets):
@@ -71,8 +72,8 @@ def _behind(learn, which, dl, n):
 def _counted(loss_func, preds, targets):
     "The rows whose label `loss_func` does not ignore, as a list; all, where targets are no class indices."
     if preds.dim() != 2 or preds.shape[1] < 2 or targets.dim() != 1 or targets.is_floating_point(): return list(range(len(preds)))
-    ignored = getattr(loss_func, 'keywords', {}).get('ignore_index', getattr(loss_func, 'ignore_index', -100))         # of a partial, or of an object
-    return (targets != ignored).nonzero().flatten().tolist()
+    if (ignored := ignored_label(loss_func)) is None: ignored = -100          # where nothing is known: torch's
+    return [i for i, t in enumerate(targets.tolist()) if t != ignored]
 
 # %% ../nbs/11a_interpret.ipynb #bd894e39
 @patch(cls_method=True)

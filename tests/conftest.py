@@ -1,6 +1,7 @@
 """What the tests share: the project's root, a home of their own, and an environment that chooses small data."""
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def python(*args, env=None, **kw):
     "Run this Python on `args`, in the project's root, and return the finished process."
     import subprocess
     return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kw)
+
+
+@contextmanager
+def largest_file(n):
+    "Inside, no file can grow beyond `n` bytes: a disk that is full."
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def wants_sigint():

@@ -697,7 +697,8 @@ def test_a_picture_that_shrinks_to_one_place_is_looked_at_before_it_does():
 
 
 @pytest.mark.parametrize('loss, ignored', [(F.cross_entropy, -100), (nn.CrossEntropyLoss(reduction='sum'), -100), (nn.CrossEntropyLoss(ignore_index=1), 1),
-                                           (partial(F.cross_entropy, ignore_index=0), 0), (LabelSmoothing(.1), -100), (lambda p, y: F.cross_entropy(p, y), -100)], ids=range(6))
+                                           (partial(F.cross_entropy, ignore_index=0), 0), (LabelSmoothing(.1), -100), (lambda p, y: F.cross_entropy(p, y), -100),
+                                           (lambda p, y, ignore_index=255: F.cross_entropy(p, y, ignore_index=ignore_index), 255)], ids=range(7))
 def test_what_the_loss_ignores_is_left_out(loss, ignored):
     "Their losses were NaN, so they were the worst mistakes, and the mean was none."
     torch.manual_seed(0)

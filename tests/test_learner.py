@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from event_log import Log
-from conftest import ROOT
+from conftest import ROOT, largest_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -1156,13 +1156,8 @@ def test_a_cancel_out_of_place_says_where_it_belongs(event, exc):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no limit of file sizes')
 def test_best_weights_on_a_full_disk(tmp_path):
-    import resource
     learn = learner(AvgStatsCallback(accuracy, silent=True))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
-    try:
-        with pytest.warns(UserWarning, match='best.pt could not be written'): learn.fit(2, best := SaveBest('train_loss', tmp_path/'best.pt'))
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(500), pytest.warns(UserWarning, match='best.pt could not be written'): learn.fit(2, best := SaveBest('train_loss', tmp_path/'best.pt'))
     assert best.weights is not None and [*tmp_path.iterdir()] == []
 
 
@@ -1181,13 +1176,8 @@ def test_validate_wants_one_number_too():
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='no limit of file sizes')
 def test_a_table_on_a_full_disk_does_not_cost_the_training(tmp_path):
-    import resource
     learn = learner(AvgStatsCallback(accuracy, silent=True))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
-    try:
-        with pytest.warns(UserWarning, match='h.csv: the row of epoch .* could not be written'): learn.fit(3, CSVLogger(tmp_path/'h.csv'))
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(300), pytest.warns(UserWarning, match='h.csv: the row of epoch .* could not be written'): learn.fit(3, CSVLogger(tmp_path/'h.csv'))
     rows = [*csv.reader((tmp_path/'h.csv').open())]
     assert learn.n_iter == 12 and 1 <= len(rows) <= 3 and all(len(r) == len(rows[0]) for r in rows), 'whole rows only'
 
