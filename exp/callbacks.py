@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'NO_PASS', 'accuracy', 'Dataset', 'get_dls', 'DataBunch', 'CancelBatchException', 'CancelEpochException',
-           'CancelFitException', 'Callback', 'check_events', 'Runner', 'batch_len', 'AvgStats', 'metric_name',
-           'column_names', 'AvgStatsCallback', 'default_device', 'to_device', 'CudaCallback', 'BatchTransformXCallback',
-           'get_hypers', 'Recorder']
+           'CancelFitException', 'Callback', 'check_events', 'Runner', 'batch_len', 'over_the_whole', 'AvgStats',
+           'metric_name', 'column_names', 'metric_state', 'load_metric_state', 'AvgStatsCallback', 'default_device',
+           'to_device', 'CudaCallback', 'BatchTransformXCallback', 'get_hypers', 'Recorder']
 
-# %% ../nbs/04_callbacks.ipynb #434b329e
-import difflib, numbers, re, sys
+# %% ../nbs/04_callbacks.ipynb #fd9a12ee
+import copy, difflib, numbers, re, sys, time
 from functools import partial
 
 import torch
@@ -57,7 +57,7 @@ def get_dls(train_ds, valid_ds, bs, seed=None, **kwargs):
     kwargs = {'collate_fn': _stack, **kwargs}
     return DataLoader(train_ds, bs, shuffle=True, generator=g, drop_last=drop, **kwargs), DataLoader(valid_ds, bs*2, shuffle=False, **kwargs)
 
-# %% ../nbs/04_callbacks.ipynb #d4daf459
+# %% ../nbs/04_callbacks.ipynb #73704d1d
 class DataBunch:
     "Training and validation loaders with what a model must know of them: channels in (`c_in`) and classes out (`c_out`)."
     def __init__(self, train_dl, valid_dl, c_in=None, c_out=None):
@@ -66,15 +66,21 @@ class DataBunch:
     def train_ds(self): return self.train_dl.dataset
     @property
     def valid_ds(self): return self.valid_dl.dataset
+    def item(self, o):
+        "The input of a model that the item `o` is (notebook 08). Here there are tensors only: raises `ValueError`."
+        raise ValueError('this data knows tensors only: one row of a batch can be predicted')
+    def decode(self, pred):
+        "What one prediction says in the words of the labels, and the numbers behind it; None where the data has no words."
 
 # %% ../nbs/04_callbacks.ipynb #87a718a7
 class CancelBatchException(Exception): "Raised by a callback: leave this batch, go on with the next."
 class CancelEpochException(Exception): "Raised by a callback: leave this pass over the data."
 class CancelFitException(Exception): "Raised by a callback: end the fit here."
 
-# %% ../nbs/04_callbacks.ipynb #a2acbb7f
-EVENTS = ('begin_fit', 'begin_epoch', 'begin_validate', 'begin_batch', 'after_pred', 'after_loss', 'after_backward', 'after_step',
-          'after_cancel_batch', 'after_batch', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
+# %% ../nbs/04_callbacks.ipynb #14c86abf
+EVENTS = ('begin_fit', 'begin_epoch', 'begin_validate', 'begin_batch', 'after_pred', 'after_loss', 'after_backward',
+          'after_step', 'after_cancel_batch', 'after_batch', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit',
+          'after_error', 'after_fit')               # `after_error` is announced by the Learner of notebook 09b
 
 class Callback:
     "Optional base of callbacks: any class with methods named as in `EVENTS` will do. Called in the order of `_order`, then as listed."
@@ -159,7 +165,7 @@ def batch_len(xb, yb=None):
     part = next(iter(xb.values() if isinstance(xb, dict) else xb), xb)
     return len(part) if torch.is_tensor(part) else len(xb)
 
-# %% ../nbs/04_callbacks.ipynb #9f4744a1
+# %% ../nbs/04_callbacks.ipynb #39cc120b
 def _one_number(v, name, device=None):
     "`v`, what a loss or metric gave for a batch, as a float32 tensor without dimensions. Raises `ValueError` where it is no single number."
     try: t = torch.as_tensor(v)
@@ -167,27 +173,51 @@ def _one_number(v, name, device=None):
     if t.numel() != 1: raise ValueError(f'{name} gave {t.numel()} numbers; one for the batch is wanted, say their mean')
     return t.detach().float().reshape(()).to(device)
 
+def over_the_whole(m):
+    "Whether the metric `m` is an object with `reset`, `update(pred, yb)` and `compute`, for what is no mean over items."
+    return all(hasattr(m, k) for k in ('reset', 'update', 'compute'))
+
 class AvgStats:
-    "Running averages of the loss and of `metrics` (functions of `pred, yb`) over one pass, weighted by batch size."
-    def __init__(self, metrics, in_train): self.metrics, self.in_train = list(metrics), in_train; self.reset()
-    def reset(self): self.count, self.totals = 0, None
+    """Loss and `metrics` over one pass. The loss, and metrics that are functions of `(pred, yb)`: means, weighted by batch size.
+
+    Metrics that are objects (`over_the_whole`) are reset at its beginning, updated with each batch, computed once at its end."""
+    def __init__(self, metrics, in_train):
+        self.metrics, self.in_train = list(metrics), in_train
+        self.means = [m for m in self.metrics if not over_the_whole(m)]
+        self.objects = [m for m in self.metrics if over_the_whole(m)]
+        self.reset()
+
+    def reset(self):
+        self.count, self.totals = 0, None
+        for m in self.objects: m.reset()
 
     @torch.no_grad()
     def accumulate(self, run):
-        "Add the loss and the metrics of the batch that `run` has just done, times its length; nothing is read back from the device."
+        "Add the batch that `run` has just done; nothing is read back from the device."
         n = batch_len(run.xb, run.yb)
         pred = run.pred.detach() if torch.is_tensor(run.pred) else run.pred
         loss = _one_number(run.loss, 'the loss')
-        now = torch.stack([loss, *(_one_number(m(pred, run.yb), metric_name(m), loss.device) for m in self.metrics)])*n
+        means = [_one_number(m(pred, run.yb), metric_name(m), loss.device) for m in self.means]
+        now = torch.stack([loss, *means])*n
+        for m in self.objects:
+            if not self.count and hasattr(m, 'to'): m.to(loss.device)      # torchmetrics' are modules
+            m.update(pred, run.yb)
         self.totals = now if self.totals is None else self.totals + now
         self.count += n
 
     @property
     def avg_stats(self):
-        "Loss and metrics so far, as numbers; `[]` before the first batch."
-        return [] if self.totals is None else (self.totals/self.count).tolist()
+        "Loss and metrics so far, as numbers (lists, where an object computes more than one); `[]` before the first batch."
+        if self.totals is None: return []
+        loss, *means = (self.totals/self.count).tolist()
+        means, objects = iter(means), (torch.as_tensor(m.compute()).tolist() for m in self.objects)
+        return [loss, *(next(objects) if over_the_whole(m) else next(means) for m in self.metrics)]
+
     def __repr__(self):
-        return f"{'train' if self.in_train else 'valid'}: [{', '.join(f'{v:.4f}' for v in self.avg_stats)}]" if self.count else ''
+        name = 'train' if self.in_train else 'valid'
+        return f"{name}: [{', '.join(map(_shown, self.avg_stats))}]" if self.count else ''
+
+def _shown(v): return f'{v:.4f}' if isinstance(v, (int, float)) else 'several'
 
 # %% ../nbs/04_callbacks.ipynb #d00756ca
 def metric_name(m):
@@ -202,39 +232,69 @@ def column_names(metrics):
         names.append(next(n for n in same if n not in names))
     return names
 
-# %% ../nbs/04_callbacks.ipynb #dc0a2d78
-import time
-
-NO_PASS = float('nan')                              # in the row of a pass that did not take place; to be known by `is`
-
-class AvgStatsCallback(Callback):
-    "Averages of loss and `metrics` per epoch: kept as dictionaries in `rows`, and given to `run.logger` as a table."
-    _order = 10                                     # after those that change the batch or the loss
-    def __init__(self, *metrics, silent=False):
-        self.stats, self.rows, self.silent = {t: AvgStats(metrics, t) for t in (True, False)}, [], silent
-        self.names = column_names(metrics)
-        self.heads = ['epoch', *(f'train_{n}' for n in self.names), *(f'valid_{n}' for n in self.names), 'time']
-
-    def begin_fit(self, run):
-        if not self.silent: run.logger('  '.join(f'{h:>{max(8, len(h))}}' for h in self.heads))
-    def begin_epoch(self, run): [s.reset() for s in self.stats.values()]; self.started = time.perf_counter()
-    def after_batch(self, run): self.stats[run.in_train].accumulate(run)
-    def after_epoch(self, run):
-        vals = [v for t in (True, False) for v in self.stats[t].avg_stats or [NO_PASS]*len(self.names)]
-        self.rows.append(dict(zip(self.heads, [run.epoch, *vals, time.perf_counter() - self.started])))
-        if not self.silent: run.logger(self.line(self.rows[-1]))
-
-# %% ../nbs/04_callbacks.ipynb #69ad62b2
+# %% ../nbs/04_callbacks.ipynb #57f32034
 def _dash():
     try: '–'.encode(getattr(sys.stdout, 'encoding', None) or 'utf-8')
     except UnicodeEncodeError: return '-'                       # an old terminal, which would end the training here
     return '–'
 
-@patch
-def line(self: AvgStatsCallback, row):
-    "`row`, one of `rows`, as a line of the table, under its headings."
-    def show(k, v): return str(v) if k == 'epoch' else f'{v:.1f} s' if k == 'time' else _dash() if v is NO_PASS else f'{v:.4f}'
-    return '  '.join(f'{show(k, v):>{max(8, len(k))}}' for k, v in row.items())
+def metric_state(m):
+    "What the metric `m`, an object, has gathered: by its `metric_state` (torchmetrics), else its attributes."
+    return copy.copy(getattr(m, 'metric_state', None) or vars(m))
+
+def load_metric_state(m, state):
+    "The way back."
+    for k, v in state.items(): setattr(m, k, v)
+    if hasattr(m, '_update_count'): m._update_count, m._computed = 1, None     # torchmetrics: it has been updated, not computed
+
+# %% ../nbs/04_callbacks.ipynb #9def53bc
+NO_PASS = float('nan')                              # in the row of a pass that did not take place; to be known by `is`
+
+class AvgStatsCallback(Callback):
+    """Loss and `metrics` of each epoch (`AvgStats`): kept as dictionaries in `rows`, and given to `run.logger` as a table.
+
+    Of a metric that is an object the training pass has a copy; the one you gave is left as the last validation made it."""
+    _order = 10                                     # after those that change the batch or the loss
+    def __init__(self, *metrics, silent=False):
+        copies = [copy.deepcopy(m) if over_the_whole(m) else m for m in metrics]
+        self.stats = {True: AvgStats(copies, True), False: AvgStats(metrics, False)}
+        self.rows, self.silent, self.names = [], silent, column_names(metrics)
+        self.heads = ['epoch', *(f'train_{n}' for n in self.names), *(f'valid_{n}' for n in self.names), 'time']
+
+    def begin_fit(self, run):
+        if not self.silent: run.logger('  '.join(f'{h:>{max(8, len(h))}}' for h in self.heads))
+
+    def begin_epoch(self, run):
+        self.started = time.perf_counter()
+        for s in self.stats.values(): s.reset()
+
+    def after_batch(self, run): self.stats[run.in_train].accumulate(run)
+
+    def after_epoch(self, run):
+        vals = [v for t in (True, False) for v in self.stats[t].avg_stats or [NO_PASS]*len(self.names)]
+        self.rows.append(dict(zip(self.heads, [run.epoch, *vals, time.perf_counter() - self.started])))
+        if not self.silent: run.logger(self.line(self.rows[-1]))
+
+    def line(self, row):
+        "`row`, one of `rows`, as a line of the table, under its headings."
+        def show(k, v):
+            if k == 'epoch': return str(v)
+            if k == 'time': return f'{v:.1f} s'
+            return _dash() if v is NO_PASS else _shown(v)
+        return '  '.join(f'{show(k, v):>{max(8, len(k))}}' for k, v in row.items())
+
+    def state_dict(self):
+        "Columns and rows so far, and of the epoch under way counts, sums and what metrics that are objects have gathered."
+        stats = {t: [s.count, s.totals, [metric_state(m) for m in s.objects]] for t, s in self.stats.items()}
+        return {'heads': self.heads, 'rows': self.rows, 'stats': stats}
+
+    def load_state_dict(self, sd):
+        "Raises `ValueError` where the columns were others."
+        if sd['heads'] != self.heads: raise ValueError(f'the table was {", ".join(sd["heads"])} and is {", ".join(self.heads)} now')
+        self.rows = [dict(r) for r in sd['rows']]
+        for t, s in self.stats.items():
+            s.count, s.totals, gathered = sd['stats'][t]
+            for m, state in zip(s.objects, gathered): load_metric_state(m, state)
 
 # %% ../nbs/04_callbacks.ipynb #c2934a7f
 def default_device():
@@ -278,12 +338,13 @@ def _new_axes():
     import matplotlib.pyplot as plt                             # here, so that importing exp does not wait for it
     return plt.subplots(figsize=(5, 2.6), dpi=70)[1]
 
-# %% ../nbs/04_callbacks.ipynb #c30a8996
+# %% ../nbs/04_callbacks.ipynb #a487319f
 class Recorder(Callback):
     "Keeps the training loss and the hyper-parameters of `opt`'s last group after every batch; `plot_loss()`, `plot('lr')`."
     _order = 20
     def begin_fit(self, run):
         if not hasattr(self, 'raw'): self.raw, self.hypers = [], {}
+
     def after_batch(self, run):
         if not run.in_train: return
         self.raw.append(run.loss.detach())
@@ -293,22 +354,34 @@ class Recorder(Callback):
     @property
     def losses(self): return torch.stack(self.raw).cpu().float().tolist() if getattr(self, 'raw', None) else []
 
-# %% ../nbs/04_callbacks.ipynb #c96fcc76
-@patch
-def plot_loss(self: Recorder, smooth=.98, ax=None):
-    "Loss against batch, with its debiased moving average."
-    avg, ys = 0., []
-    for i, l in enumerate(self.losses, 1): avg = smooth*avg + (1-smooth)*l; ys.append(avg/(1-smooth**i))
-    ax = ax or _new_axes()
-    ax.plot(self.losses, alpha=.25); ax.plot(ys); ax.set(xlabel='batch', ylabel='training loss', title='loss per batch, and its moving average')
-    return ax
+    def plot_loss(self, smooth=.98, ax=None):
+        "Loss against batch, with its debiased moving average."
+        avg, ys = 0., []
+        for i, l in enumerate(self.losses, 1):
+            avg = smooth*avg + (1 - smooth)*l
+            ys.append(avg/(1 - smooth**i))
+        ax = ax or _new_axes()
+        ax.plot(self.losses, alpha=.25)
+        ax.plot(ys)
+        ax.set(xlabel='batch', ylabel='training loss', title='loss per batch, and its moving average')
+        return ax
 
-# %% ../nbs/04_callbacks.ipynb #83c46c46
-@patch
-def plot(self: Recorder, name, ax=None):
-    "The hyper-parameter `name` against batch."
-    seen = getattr(self, 'hypers', {})
-    if name not in seen: raise ValueError(f'nothing recorded under {name!r}; there is {", ".join(seen) or "nothing yet"}')
-    ax = ax or _new_axes()
-    ax.plot(seen[name]); ax.set(xlabel='batch', ylabel=name, title=f'{name} per batch')
-    return ax
+    def plot(self, name, ax=None):
+        "The hyper-parameter `name` against batch."
+        seen = getattr(self, 'hypers', {})
+        if name not in seen: raise ValueError(f'nothing recorded under {name!r}; there is {", ".join(seen) or "nothing yet"}')
+        ax = ax or _new_axes()
+        ax.plot(seen[name])
+        ax.set(xlabel='batch', ylabel=name, title=f'{name} per batch')
+        return ax
+
+    def state_dict(self):
+        "The losses stacked into one tensor (batches,), and each hyper-parameter's values in one."
+        raw = getattr(self, 'raw', [])
+        hypers = {k: torch.tensor(v, dtype=torch.float64) for k, v in getattr(self, 'hypers', {}).items()}
+        return {'raw': torch.stack(raw) if raw else None, 'hypers': hypers}
+
+    def load_state_dict(self, sd):
+        "Into lists again, one entry a batch, to which the fit goes on adding."
+        self.raw = [] if sd['raw'] is None else list(sd['raw'])
+        self.hypers = {k: v.tolist() for k, v in sd['hypers'].items()}

@@ -11,13 +11,13 @@ __all__ = ['image_extensions', 'get_files', 'PathList', 'ListContainer', 'step_n
            'ItemLoader', 'no_workers_because', 'ItemBunch', 'databunchify', 'walk', 'text_bar', 'verify_images',
            'NormalizeBytes']
 
-# %% ../nbs/08_data_block.ipynb #31f41710
-import copy, csv, functools, gc, hashlib, io, os, pickle, random, re, shutil, sys, threading, warnings
+# %% ../nbs/08_data_block.ipynb #4316d1f6
+import copy, csv, functools, gc, hashlib, io, itertools, os, pickle, random, re, shutil, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-# %% ../nbs/08_data_block.ipynb #c5db7acb
+# %% ../nbs/08_data_block.ipynb #c535f019
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from .callbacks import DataBunch, Dataset
 from .datasets import DataError, readable
+from .lr_find import rng_state, set_rng_state
 
 # %% ../nbs/08_data_block.ipynb #a2a66011
 image_extensions = frozenset('.jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm'.split())
@@ -674,13 +675,13 @@ def _mix(*numbers):
     "One seed of 63 bits from several whole numbers."
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), 'big') >> 1
 
-# %% ../nbs/08_data_block.ipynb #82d3be84
+# %% ../nbs/08_data_block.ipynb #e3faf8f6
 @contextmanager
 def same_draws():
     "Puts the global generators of `random`, numpy and torch back to where they were: what happens inside draws nothing."
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try: yield states
-    finally: random.setstate(states[0]); np.random.set_state(states[1]); torch.set_rng_state(states[2])
+    state = rng_state()
+    try: yield state
+    finally: set_rng_state(state)
 
 # %% ../nbs/08_data_block.ipynb #cc6da69e
 @patch
@@ -740,17 +741,17 @@ def batch(self: ItemList, idxs, seed=None, on_error='raise'):
     xb = out.tensor() if kept else torch.empty(0)
     return (to_float_tensor(xb) if last and kept else xb), kept, bad
 
-# %% ../nbs/08_data_block.ipynb #6ae8505d
+# %% ../nbs/08_data_block.ipynb #87bfe1dd
 class _Order:
     "Which items make up each batch: `(seed, indices)` pairs, shuffled anew each epoch from `seed` and `epoch` alone."
-    def __init__(self, n, bs, shuffle, seed, drop_last=False): self.n, self.bs, self.shuffle, self.seed, self.drop_last, self.epoch = n, bs, shuffle, seed, drop_last, 0
+    def __init__(self, n, bs, shuffle, seed, drop_last=False): self.n, self.bs, self.shuffle, self.seed, self.drop_last, self.epoch, self.skip = n, bs, shuffle, seed, drop_last, 0, 0
     def __len__(self): return self.n//self.bs if self.drop_last else -(-self.n//self.bs)
     def batches(self):
         seed = _mix(self.seed, self.epoch)
         order = torch.randperm(self.n, generator=torch.Generator().manual_seed(seed)).numpy() if self.shuffle else np.arange(self.n)
         return ((seed, order[i:i+self.bs]) for i in range(0, len(self)*self.bs, self.bs))
     def __iter__(self):
-        todo = self.batches()
+        todo, self.skip = itertools.islice(self.batches(), self.skip, None), 0        # `skip` batches of one pass, for a fit that goes on
         self.epoch += self.shuffle                                    # validation draws the same in every epoch
         yield from todo
 
@@ -773,7 +774,7 @@ def _settle(worker):
     "In a fresh worker: the collector leaves alone what came from the parent. Else its first full round writes to every page of it, and so copies it."
     gc.freeze()
 
-# %% ../nbs/08_data_block.ipynb #8cc1b7dd
+# %% ../nbs/08_data_block.ipynb #489cdad9
 class ItemLoader(DataLoader):
     """A torch `DataLoader` of whole batches `(xb, yb)`, or `xb` for unlabelled items. The order is a function of `seed` and `epoch`.
 
@@ -789,6 +790,10 @@ class ItemLoader(DataLoader):
         super().__init__(_Batches(source, on_error), batch_size=None, sampler=_Order(len(source), bs, shuffle, seed, drop_last), collate_fn=_same,
                          num_workers=num_workers, generator=torch.Generator().manual_seed(seed % 2**63), **kwargs)
         self.bs, self.skipped = bs, {}
+    def each_once(self):
+        "This loader, or where it shuffles or drops the last batch one of the same items in their own order, all of them."
+        if not (self.sampler.shuffle or self.sampler.drop_last): return self
+        return ItemLoader(self.source, self.bs, seed=0, on_error=self.dataset.on_error, num_workers=self.num_workers)
     @property
     def source(self): return self.dataset.source
     @property
@@ -853,14 +858,14 @@ def _readable(self: ItemList, n):
         except DataError: pass
     return xs
 
-# %% ../nbs/08_data_block.ipynb #4d1e367f
+# %% ../nbs/08_data_block.ipynb #5ef0de17
 @patch
 def is_random(self: ItemList, n=8):
     "Does any transform draw? Either it has an attribute `generator`, or it moves a global generator, or it gives two pictures for one item (tried on `n`)."
     if any(hasattr(t, 'generator') for t in self.tfms): return True
-    with same_draws() as (a, b, c):
+    with same_draws() as before:
         once = self._readable(n)
-        moved = random.getstate() != a or any(not np.array_equal(x, y) for x, y in zip(np.random.get_state(), b)) or not torch.get_rng_state().equal(c)
+        moved = str(rng_state()) != str(before)
         return moved or any(not np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(once, self._readable(n)))
 
 # %% ../nbs/08_data_block.ipynb #6fe094d8
@@ -891,7 +896,7 @@ def _like(xb, n):
     if xb.dim() != 4: return xb.new_empty(n, *xb.shape[1:])
     return xb.new_empty(n, *xb.shape[2:], xb.shape[1]).permute(0, 3, 1, 2)
 
-# %% ../nbs/08_data_block.ipynb #5aebcfe6
+# %% ../nbs/08_data_block.ipynb #5c0ec0b4
 class ItemBunch(DataBunch):
     "A `DataBunch` that knows where it comes from: `source` (the `SplitData`), `classes` (the vocabulary, or None), `test_dl` (or None), `skipped`."
     def __init__(self, train_dl, valid_dl, c_in=None, c_out=None, source=None, test_dl=None, skipped=()):
@@ -904,6 +909,22 @@ class ItemBunch(DataBunch):
     def valid_ds(self): return self.valid_dl.source
     @property
     def skipped(self): return {**self._skipped, **self.train_dl.skipped, **self.valid_dl.skipped}
+
+    def item(self, o):
+        "The model's input of `o`: what the items are (a file, say), or a PIL picture."
+        x = self.source.valid.x
+        return functools.reduce(lambda im, t: t(im), x.tfms, o) if isinstance(o, Image.Image) else x.new([o])[0]
+
+    def decode(self, pred):
+        "One prediction (C,) in the words of the labels, and the numbers behind it: probabilities by class, or the value. None where the labels have no processor."
+        proc = _proc(self.source.train)
+        if proc is None: return None
+        if isinstance(proc, MultiCategoryProcessor): return proc.deproc1(pred.sigmoid()), pred.sigmoid()
+        if not hasattr(proc, 'vocab'): return proc.deproc1(pred.squeeze()), pred
+        p = pred.softmax(0)
+        if pred.numel() == 1 and len(proc.vocab) == 2: p = torch.cat([1 - pred.sigmoid().view(1), pred.sigmoid().view(1)])      # one score for two classes
+        i = int(p.argmax())
+        return proc.deproc1(i) if i < len(proc.vocab) else f'output {i}', p               # the model may have more outputs than there are classes
 
 # %% ../nbs/08_data_block.ipynb #9a79c51e
 def _proc(labeled):
