@@ -57,20 +57,37 @@ def test_public_names_have_docstrings(name):
         if callable(o) and getattr(o, '__module__', '') == m.__name__: assert o.__doc__, f'exp.{name}.{n} has no docstring'
 
 
-def test_distributions_hold_what_they_should(tmp_path):
-    r = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(tmp_path), str(ROOT)], capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr[-2000:]
-    wheel, sdist = next(tmp_path.glob('*.whl')), next(tmp_path.glob('*.tar.gz'))
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+    "A copy of what git has, with a second reading and nbdev's index of names beside it."
+    root = tmp_path_factory.mktemp('checkout')/'lesson11'
+    left_out = shutil.ignore_patterns('.venv', '.git', '__pycache__', 'runs', 'build', '*.egg-info', '.ipynb_checkpoints', '.out', '_modidx.py')
+    shutil.copytree(ROOT, root, ignore=left_out)
+    (root/'nbs/more').mkdir(exist_ok=True)
+    shutil.copy(root/'nbs/index.ipynb', root/'nbs/more/05a_second_reading.ipynb')
+    (root/'exp/_modidx.py').write_text('d = {}\n')
+    return root
+
+
+def test_distributions_hold_what_they_should(tmp_path, checkout):
+    "From the folder to an sdist, and to a wheel by both ways: through the sdist and straight."
+    build = [sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(tmp_path)]
+    for args in ([], ['--wheel', '--outdir', str(tmp_path/'straight')]):
+        r = subprocess.run([*build, *args, str(checkout)], capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr[-2000:]
+    wheel, straight, sdist = next(tmp_path.glob('*.whl')), next(tmp_path.glob('straight/*.whl')), next(tmp_path.glob('*.tar.gz'))
     names = zipfile.ZipFile(wheel).namelist()
-    assert {n for n in names if n.startswith('exp/')} == {f'exp/{p.name}' for p in (ROOT/'exp').glob('*.py')}
+    assert sorted(names) == sorted(zipfile.ZipFile(straight).namelist())
+    assert {n for n in names if n.startswith('exp/')} == {f'exp/{p.stem}.py' for p in (ROOT/'exp').glob('*.py') if p.stem != '_modidx'} | {'exp/py.typed'}
     assert not [n for n in names if n.split('/')[0] not in ('exp',) and '.dist-info/' not in n]
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('METADATA'))).decode()
     assert f"Version: {cfg['version']}" in meta
     assert {re.match(r'[\w-]+', r)[0].lower() for r in re.findall(r'^Requires-Dist: ([^;\n]+)$', meta, re.M)} == \
         {re.match(r'[\w-]+', r)[0].lower() for r in cfg['requirements'].split()}
+    assert not [n for n in tarfile.open(sdist).getnames() if n.endswith('_modidx.py')]
     inside = {n.split('/', 1)[1] for n in tarfile.open(sdist).getnames() if '/' in n}
     for want in ('settings.ini', 'setup.py', 'pyproject.toml', 'LICENSE', 'README.md', 'CHANGELOG.md', 'Makefile',
-                 'nbs/00_export.ipynb', 'exp/export.py', 'tests/test_project.py', 'benchmarks/__main__.py'):
+                 'nbs/00_export.ipynb', 'nbs/more/05a_second_reading.ipynb', 'exp/export.py', 'exp/py.typed', 'tests/test_project.py', 'benchmarks/__main__.py'):
         assert want in inside, want
 
 
