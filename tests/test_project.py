@@ -1,4 +1,5 @@
 """The project's own promises: one version, an importable package, what a distribution holds."""
+import ast
 import configparser
 import re
 import shutil
@@ -57,6 +58,23 @@ def test_public_names_have_docstrings(name):
         if callable(o) and getattr(o, '__module__', '') == m.__name__: assert o.__doc__, f'exp.{name}.{n} has no docstring'
 
 
+def required(*names): return {re.match(r'[\w-]+', r)[0].lower() for n in names for r in cfg[n].split()}
+
+
+def test_what_the_modules_import_is_required_by_name():
+    "Outside of functions by `requirements`; inside a function also what only some want, and are told of when it is not there."
+    optional = {'ipython', 'onnx', 'onnxruntime', 'onnxscript', 'safetensors', 'simplejpeg', 'tensorboard', 'traitlets'}
+    allowed = {True: required('requirements'), False: required('requirements', 'nb_requirements') | optional}
+    for m in MODULES:
+        tree = ast.parse((ROOT/f'exp/{m}.py').read_text())
+        for o in ast.walk(tree):
+            names = [a.name for a in o.names] if isinstance(o, ast.Import) else [o.module] if isinstance(o, ast.ImportFrom) and not o.level else []
+            for name in {n.split('.')[0] for n in names} - sys.stdlib_module_names:
+                assert {'PIL': 'pillow'}.get(name, name).lower() in allowed[o in tree.body], f'exp/{m}.py imports {name}'
+    assert {'torch', 'torchvision', 'pillow', 'matplotlib', 'fastprogress'} <= required('requirements')
+    assert {'nbdev', 'jupyter'} <= required('nb_requirements')
+
+
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
     "A copy of what git has, with a second reading and nbdev's index of names beside it."
@@ -82,8 +100,7 @@ def test_distributions_hold_what_they_should(tmp_path, checkout):
     assert not [n for n in names if n.split('/')[0] not in ('exp',) and '.dist-info/' not in n]
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('METADATA'))).decode()
     assert f"Version: {cfg['version']}" in meta
-    assert {re.match(r'[\w-]+', r)[0].lower() for r in re.findall(r'^Requires-Dist: ([^;\n]+)$', meta, re.M)} == \
-        {re.match(r'[\w-]+', r)[0].lower() for r in cfg['requirements'].split()}
+    assert {re.match(r'[\w-]+', r)[0].lower() for r in re.findall(r'^Requires-Dist: ([^;\n]+)$', meta, re.M)} == required('requirements')
     assert not [n for n in tarfile.open(sdist).getnames() if n.endswith('_modidx.py')]
     inside = {n.split('/', 1)[1] for n in tarfile.open(sdist).getnames() if '/' in n}
     for want in ('settings.ini', 'setup.py', 'pyproject.toml', 'LICENSE', 'README.md', 'CHANGELOG.md', 'Makefile',
