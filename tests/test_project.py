@@ -32,6 +32,31 @@ def test_version_is_that_of_settings():
     assert f"## {cfg['version']}" in (ROOT/'CHANGELOG.md').read_text()
 
 
+def test_exp_lists_and_finds_its_names_without_importing_a_module():
+    code = ("import sys, exp\n"
+            "listed = dir(exp)\n"
+            "for name in ('Lerner', '_said_', ''):\n"
+            "    try: getattr(exp, name); print('found', name)\n"
+            "    except AttributeError as e: assert repr(name) in str(e)\n"
+            "print(*[m for m in sys.modules if m.startswith('exp.') or m in ('torch', 'numpy', 'matplotlib', 'PIL', 'nbdev')])\n"
+            "assert exp.sched_cos(0., 1.)(1.) == 1. and exp.annealing.sched_cos is exp.sched_cos\n"
+            "from exp import Learner, learner\n"
+            "assert learner.Learner is Learner is exp.Learner\n"
+            "print(*listed)")
+    r = python('-c', code)
+    imported, listed = r.stdout.splitlines()
+    assert not imported, r.stdout + r.stderr
+    import importlib
+    public = {n for m in MODULES for n in importlib.import_module(f'exp.{m}').__all__}
+    assert {n for n in listed.split() if n[0] != '_'} == public | {*MODULES} and '__version__' in listed
+
+
+def test_a_name_of_two_modules_is_that_of_the_lower_notebook():
+    import exp
+    from exp import export, interpret, train_imagenette
+    assert exp.main is export.main and interpret.main is not train_imagenette.main is not export.main
+
+
 def test_importing_is_light_and_needs_no_ipython_no_network_and_no_cuda():
     "Each module by itself says what it loaded that it should not have; what another module loaded before does not count for it."
     code = ("import sys, socket, importlib, torch\n"
