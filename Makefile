@@ -35,19 +35,20 @@ test: $(VENV)/stamp-dev      ## every test, every notebook among them, a process
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lab: $(VENV)/stamp-dev       ## open the course in JupyterLab
-	@echo "== JupyterLab on nbs/"
-	@$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+	@echo "== JupyterLab on the repository, at nbs/index.ipynb"
+	@$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb $(ARGS)
 
-export: $(VENV)/stamp-dev    ## nbs/ -> exp/, and README.md from nbs/index.ipynb
+export: $(VENV)/stamp-dev    ## nbs/ -> exp/, tables of notebooks into nbs/index.ipynb, README.md from it
 	@echo "== exporting nbs/ to exp/"
 	@$(BIN)/exp-export $(ARGS)
 	@$(MAKE) --no-print-directory readme
 
-readme: $(VENV)/stamp-dev    ## README.md from nbs/index.ipynb
-	@echo "== README.md from nbs/index.ipynb"
+readme: $(VENV)/stamp-dev    ## tables of notebooks into nbs/index.ipynb, README.md from it
+	@echo "== tables of notebooks into nbs/index.ipynb, README.md from it"
+	@$(BIN)/python tests/house.py --index
 	@$(BIN)/python -m exp.export --readme
 
-lint: $(VENV)/stamp-dev      ## what ruff finds to complain of
+lint: $(VENV)/stamp-dev      ## what ruff finds to complain of, in notebooks too
 	@$(BIN)/ruff check .
 
 bench: $(VENV)/stamp-bench   ## ours beside the peers, one table of medians and ratios

@@ -6,9 +6,43 @@
 __all__ = []
 
 # %% ../nbs/index.ipynb #203dd850
-def __getattr__(name):
-    "`exp.__version__`, looked up only when asked for (the version itself stands in settings.ini)."
+import ast, re
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+# %% ../nbs/index.ipynb #8e62f0b9
+def _said(path):
+    "Of the module at `path`: the notebook that makes it, and its public names."
+    text = path.read_text(encoding='utf-8')
+    notebook = re.search(r'File to edit: \S*?([^/\s]+)\.ipynb', text)
+    names = re.search(r'(?ms)^__all__ = (\[.*?\])', text)
+    return notebook[1] if notebook else '~', ast.literal_eval(names[1]) if names else []
+
+@cache
+def _modules():
+    "`{module: its public names}` in the order of the notebooks; none is imported."
+    found = {p.stem: _said(p) for p in Path(__file__).parent.glob('*.py') if p.stem[0] != '_'}
+    return {m: names for m, (_, names) in sorted(found.items(), key=lambda o: o[1][0])}
+
+@cache
+def _home():
+    "`{public name: its module}`; of two modules the one of the lower-numbered notebook."
+    return {n: m for m, names in reversed(_modules().items()) for n in names}
+
+# %% ../nbs/index.ipynb #b41d9a57
+def __getattr__(name: str) -> Any:
+    "`exp.NAME`: a module or a public name of one, imported when asked for; `exp.__version__`."
     if name == '__version__':
         from importlib.metadata import version
-        return version('lesson11')
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+        return version('lesson11')                  # it stands in settings.ini
+    known = () if name.startswith('_') else (*_modules(), *_home())
+    if name not in known: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    if name in _modules(): return import_module(f'{__name__}.{name}')
+    return getattr(import_module(f'{__name__}.{_home()[name]}'), name)
+
+def __dir__():
+    "Modules and public names."
+    own = {k for k in globals() if k.startswith('__')}
+    return sorted({*own, '__version__', *_modules(), *_home()})

@@ -14,7 +14,8 @@ settings.register_profile('search', derandomize=False, deadline=None, suppress_h
 settings.load_profile('fixed')
 
 ROOT = Path(__file__).resolve().parent.parent
-NBS = sorted(p for p in (ROOT/'nbs').glob('*.ipynb') if p.name[0] not in '._')
+LESSONS, MORE = (sorted(p for p in (ROOT/folder).glob('*.ipynb') if p.name[0] not in '._') for folder in ('nbs', 'nbs/more'))
+NBS = sorted([*LESSONS, *MORE], key=lambda p: p.name)                     # in the order of their numbers, index last
 
 
 def small_env(home):

@@ -1,5 +1,4 @@
 """Every notebook is a test: it runs top to bottom in a real kernel; and what is committed is one whole, honest run."""
-import ast
 import json
 import re
 
@@ -12,19 +11,13 @@ from nbclient.exceptions import CellExecutionError
 ids = [p.stem for p in NBS]
 
 
-def number(name):
-    "`09b_learner` -> (9, 'b'): the order of the course."
-    m = re.match(r'(\d+)([a-z]*)_', name)
-    return int(m[1]), m[2]
-
-
 @pytest.mark.parametrize('path', NBS, ids=ids)
 def test_runs_top_to_bottom(path, data_home, monkeypatch):
     for k, v in small_env(data_home).items(): monkeypatch.setenv(k, v)
     monkeypatch.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
     for tried in range(3):
         nb = nbformat.read(path, 4)
-        client = NotebookClient(nb, timeout=600, startup_timeout=300, kernel_name='python3', resources={'metadata': {'path': str(ROOT/'nbs')}})
+        client = NotebookClient(nb, timeout=600, startup_timeout=300, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
         try: client.execute(); return
         except CellExecutionError as e:
             n, cell = next((i, c) for i, c in enumerate(nb.cells, 1) for o in c.get('outputs', []) if o.output_type == 'error')
@@ -51,33 +44,9 @@ def test_committed_outputs_are_one_whole_run(path):
 
 @pytest.mark.parametrize('path', [p for p in NBS if p.stem != 'index'], ids=[i for i in ids if i != 'index'])
 def test_teaches(path):
-    "The shape of a lesson: a title and one sentence first, prose to its code, an assert beside the exports, exercises last."
+    "The shape of a lesson: a title and one sentence first, an assert beside the exports, exercises last. Its size: test_house.py."
     nb = nbformat.read(path, 4)
     first, code = nb.cells[0], [c.source for c in nb.cells if c.cell_type == 'code']
     assert re.match(r'# .+\n\n> .+', first.source), 'starts with a title and one sentence'
     assert any('## Exercises' in c.source for c in nb.cells if c.cell_type == 'markdown')
-    words = sum(len(c.source.split()) for c in nb.cells if c.cell_type == 'markdown')
-    lines = sum(1 for s in code for l in s.splitlines() if l.strip())
-    assert words >= 2*lines, f'{words/lines:.1f} words of prose per line of code'
     assert sum('assert ' in s for s in code) >= 3
-    assert max(len(s.splitlines()) for s in code) <= 36, 'a cell too long to read at once'
-
-
-def test_imports_only_go_down_the_numbers():
-    made_by = {}
-    for p in NBS:
-        for c in nbformat.read(p, 4).cells:
-            if m := re.search(r'^#\|?\s*default_exp (\w+)', c.source, re.M): made_by[m[1]] = p.stem
-    for p in NBS:
-        if p.stem == 'index': continue
-        for c in nbformat.read(p, 4).cells:
-            if c.cell_type != 'code' or not re.match(r'#\|? *export', c.source): continue
-            for node in ast.walk(ast.parse(c.source)):
-                if isinstance(node, ast.Import): names = [a.name for a in node.names]
-                elif isinstance(node, ast.ImportFrom): names = [f'exp.{a.name}' for a in node.names] if node.module == 'exp' else [node.module or '']
-                else: continue
-                for name in names:
-                    if not name.startswith('exp.'): continue
-                    other = made_by[name.split('.')[1]]
-                    assert number(other) < number(p.stem), f'{p.stem} imports {name}, made by the later {other}'
-                    assert node.names[0].name != '*', f'{p.stem}: import * in an exported cell'

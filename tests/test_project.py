@@ -1,4 +1,5 @@
 """The project's own promises: one version, an importable package, what a distribution holds."""
+import ast
 import configparser
 import re
 import shutil
@@ -31,6 +32,31 @@ def test_version_is_that_of_settings():
     assert f"## {cfg['version']}" in (ROOT/'CHANGELOG.md').read_text()
 
 
+def test_exp_lists_and_finds_its_names_without_importing_a_module():
+    code = ("import sys, exp\n"
+            "listed = dir(exp)\n"
+            "for name in ('Lerner', '_said_', ''):\n"
+            "    try: getattr(exp, name); print('found', name)\n"
+            "    except AttributeError as e: assert repr(name) in str(e)\n"
+            "print(*[m for m in sys.modules if m.startswith('exp.') or m in ('torch', 'numpy', 'matplotlib', 'PIL', 'nbdev')])\n"
+            "assert exp.sched_cos(0., 1.)(1.) == 1. and exp.annealing.sched_cos is exp.sched_cos\n"
+            "from exp import Learner, learner\n"
+            "assert learner.Learner is Learner is exp.Learner\n"
+            "print(*listed)")
+    r = python('-c', code)
+    imported, listed = r.stdout.splitlines()
+    assert not imported, r.stdout + r.stderr
+    import importlib
+    public = {n for m in MODULES for n in importlib.import_module(f'exp.{m}').__all__}
+    assert {n for n in listed.split() if n[0] != '_'} == public | {*MODULES} and '__version__' in listed
+
+
+def test_a_name_of_two_modules_is_that_of_the_lower_notebook():
+    import exp
+    from exp import export, interpret, train_imagenette
+    assert exp.main is export.main and interpret.main is not train_imagenette.main is not export.main
+
+
 def test_importing_is_light_and_needs_no_ipython_no_network_and_no_cuda():
     "Each module by itself says what it loaded that it should not have; what another module loaded before does not count for it."
     code = ("import sys, socket, importlib, torch\n"
@@ -57,20 +83,53 @@ def test_public_names_have_docstrings(name):
         if callable(o) and getattr(o, '__module__', '') == m.__name__: assert o.__doc__, f'exp.{name}.{n} has no docstring'
 
 
-def test_distributions_hold_what_they_should(tmp_path):
-    r = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(tmp_path), str(ROOT)], capture_output=True, text=True)
-    assert r.returncode == 0, r.stderr[-2000:]
-    wheel, sdist = next(tmp_path.glob('*.whl')), next(tmp_path.glob('*.tar.gz'))
+def required(*names): return {re.match(r'[\w-]+', r)[0].lower() for n in names for r in cfg[n].split()}
+
+
+def test_what_the_modules_import_is_required_by_name():
+    "Outside of functions by `requirements`; inside a function also what only some want, and are told of when it is not there."
+    optional = {'ipython', 'onnx', 'onnxruntime', 'onnxscript', 'safetensors', 'simplejpeg', 'tensorboard', 'traitlets'}
+    allowed = {True: required('requirements'), False: required('requirements', 'nb_requirements') | optional}
+    for m in MODULES:
+        tree = ast.parse((ROOT/f'exp/{m}.py').read_text())
+        for o in ast.walk(tree):
+            names = [a.name for a in o.names] if isinstance(o, ast.Import) else [o.module] if isinstance(o, ast.ImportFrom) and not o.level else []
+            for name in {n.split('.')[0] for n in names} - sys.stdlib_module_names:
+                assert {'PIL': 'pillow'}.get(name, name).lower() in allowed[o in tree.body], f'exp/{m}.py imports {name}'
+    assert {'torch', 'torchvision', 'pillow', 'matplotlib', 'fastprogress'} <= required('requirements')
+    assert {'nbdev', 'jupyter'} <= required('nb_requirements')
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+    "A copy of what git has, with a second reading and nbdev's index of names beside it."
+    root = tmp_path_factory.mktemp('checkout')/'lesson11'
+    left_out = shutil.ignore_patterns('.venv', '.git', '__pycache__', 'runs', 'build', '*.egg-info', '.ipynb_checkpoints', '.out', '_modidx.py')
+    shutil.copytree(ROOT, root, ignore=left_out)
+    (root/'nbs/more').mkdir(exist_ok=True)
+    shutil.copy(root/'nbs/index.ipynb', root/'nbs/more/05a_second_reading.ipynb')
+    (root/'exp/_modidx.py').write_text('d = {}\n')
+    return root
+
+
+def test_distributions_hold_what_they_should(tmp_path, checkout):
+    "From the folder to an sdist, and to a wheel by both ways: through the sdist and straight."
+    build = [sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(tmp_path)]
+    for args in ([], ['--wheel', '--outdir', str(tmp_path/'straight')]):
+        r = subprocess.run([*build, *args, str(checkout)], capture_output=True, text=True)
+        assert r.returncode == 0, r.stderr[-2000:]
+    wheel, straight, sdist = next(tmp_path.glob('*.whl')), next(tmp_path.glob('straight/*.whl')), next(tmp_path.glob('*.tar.gz'))
     names = zipfile.ZipFile(wheel).namelist()
-    assert {n for n in names if n.startswith('exp/')} == {f'exp/{p.name}' for p in (ROOT/'exp').glob('*.py')}
+    assert sorted(names) == sorted(zipfile.ZipFile(straight).namelist())
+    assert {n for n in names if n.startswith('exp/')} == {f'exp/{p.stem}.py' for p in (ROOT/'exp').glob('*.py') if p.stem != '_modidx'} | {'exp/py.typed'}
     assert not [n for n in names if n.split('/')[0] not in ('exp',) and '.dist-info/' not in n]
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('METADATA'))).decode()
     assert f"Version: {cfg['version']}" in meta
-    assert {re.match(r'[\w-]+', r)[0].lower() for r in re.findall(r'^Requires-Dist: ([^;\n]+)$', meta, re.M)} == \
-        {re.match(r'[\w-]+', r)[0].lower() for r in cfg['requirements'].split()}
+    assert {re.match(r'[\w-]+', r)[0].lower() for r in re.findall(r'^Requires-Dist: ([^;\n]+)$', meta, re.M)} == required('requirements')
+    assert not [n for n in tarfile.open(sdist).getnames() if n.endswith('_modidx.py')]
     inside = {n.split('/', 1)[1] for n in tarfile.open(sdist).getnames() if '/' in n}
     for want in ('settings.ini', 'setup.py', 'pyproject.toml', 'LICENSE', 'README.md', 'CHANGELOG.md', 'Makefile',
-                 'nbs/00_export.ipynb', 'exp/export.py', 'tests/test_project.py', 'benchmarks/__main__.py'):
+                 'nbs/00_export.ipynb', 'nbs/more/05a_second_reading.ipynb', 'exp/export.py', 'exp/py.typed', 'tests/test_project.py', 'benchmarks/__main__.py'):
         assert want in inside, want
 
 
