@@ -27,20 +27,21 @@ def refusing(path, back=lambda: None):
         why = e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'
         raise CheckpointError(f'{path}: refused, {why}') from None
 
-# %% ../nbs/05b_files.ipynb #676909f1
+# %% ../nbs/05b_files.ipynb #d13291c0
+def _alone(t):
+    "The tensor, detached and on the CPU; cut loose where torch would save all that it is a view of."
+    t = t.detach().cpu()
+    return t if t.untyped_storage().nbytes() == t.numel()*t.element_size() else t.clone()
+
 def plain(o, where='it'):
     """`o` in plain types: tensors on the CPU, numbers, text, None; lists, tuples, dicts of them.
 
     Raises `TypeError` for anything else, naming the place."""
-    if torch.is_tensor(o):
-        t = o.detach().cpu()
-        own = t.untyped_storage().nbytes() == t.numel()*t.element_size()
-        return t if own else t.clone()                     # torch would save all that a view is of
+    if torch.is_tensor(o): return _alone(o)
     if isinstance(o, np.generic): o = o.item()
-    if o is None or isinstance(o, bool): return o
-    for kind in (int, float):
-        if isinstance(o, kind): return kind(o)
+    if isinstance(o, (bool, type(None))): return o
     if isinstance(o, str): return str.__str__(o)           # an Enum of texts, too, as its text
+    if isinstance(o, (int, float)): return int(o) if isinstance(o, int) else float(o)
     if isinstance(o, dict): return {plain(k, where): plain(v, f'{where}.{k}') for k, v in o.items()}
     if not isinstance(o, (list, tuple)):
         raise TypeError(f'{where} is a {type(o).__name__}: files hold tensors, numbers and text')
