@@ -21,7 +21,7 @@ from .learner import Learner, bare
 from .lr_find import (generator_state, load_loader_state, loader_state, own_generators, rng_state,
                          set_generator_state, set_rng_state, snapshot)
 
-# %% ../nbs/09d_checkpoints.ipynb #0962d5fd
+# %% ../nbs/09d_checkpoints.ipynb #6aacd597
 def _named(opt, model):
     "The optimizer, and its parameters' names; ours as a view of it that calls them by these names."
     opt, names = getattr(opt, 'opt', opt), {p: n for n, p in bare(model).named_parameters()}
@@ -43,16 +43,16 @@ def opt_state(opt, model) -> dict:
             'state': plain(opt.state_dict(), 'the optimizer')}
 
 def load_opt(opt, model, saved) -> None:
-    "Put `saved`, from `opt_state`, into `opt`. Raises `ValueError` where it is of another optimizer."
+    "Put `saved`, from `opt_state`, into `opt`. Raises `ValueError` for another optimizer's."
     mine = opt_state(opt, model)
     for k in ('kind', 'groups'):
         if saved[k] != mine[k]:
             raise ValueError(f'{k} of its optimizer: {_brief(saved[k])}; here: {_brief(mine[k])}')
     _named(opt, model)[0].load_state_dict(copy.deepcopy(saved['state']))
 
-# %% ../nbs/09d_checkpoints.ipynb #fa40642a
+# %% ../nbs/09d_checkpoints.ipynb #cd516c0c
 def save(learn, path, opt: bool = True) -> Path:
-    "Write the weights, and with `opt` what the optimizer remembers, to the file `path`, atomically."
+    "Write the weights, and with `opt` what the optimizer remembers, atomically."
     model = bare(learn.model)
     state = {'model': model.state_dict()}
     if opt and learn.opt is not None: state['opt'] = opt_state(learn.opt, model)
@@ -85,11 +85,11 @@ def load(learn, path, opt: bool = True) -> Learner:
     learn.opt = new or learn.opt
     return learn
 
-# %% ../nbs/09d_checkpoints.ipynb #17eb85fb
+# %% ../nbs/09d_checkpoints.ipynb #459ce217
 class Rest:
-    """The loader `dl` from batch `skip` on, with None for those before.
+    """The loader `dl` from batch `skip` on, with None for those before; then `then()` is called.
 
-    `then()` is called when they are behind. A loader whose order is a function does not load them."""
+    A loader whose order is a function of its epoch does not load them."""
     def __init__(self, dl, skip, then): self.dl, self.skip, self.then = dl, skip, then
     def __len__(self): return len(self.dl)
     def __getattr__(self, k): return getattr(self.__dict__['dl'], k)
@@ -104,7 +104,7 @@ class Rest:
         self.then()
         yield from batches
 
-# %% ../nbs/09d_checkpoints.ipynb #f4da8b60
+# %% ../nbs/09d_checkpoints.ipynb #36130050
 def _digest(items):
     "A number that stands for the names of `items` in their order."
     h = hashlib.blake2b(digest_size=8)
@@ -135,8 +135,8 @@ def compare_facts(saved, here) -> None:
     "Raise `ValueError` for the first of the facts `here` that was another one when it was saved."
     for k, v in here.items():
         if str(saved.get(k, v)) != str(v):
-            raise ValueError(f'it is of another fit: {k} {_brief(saved[k])} in the file, {_brief(v)} '
-                             'here (load(learn, path) takes weights and optimizer only)')
+            raise ValueError(f'it is of another fit: {k} {_brief(saved[k])} in the file, here '
+                             f'{_brief(v)} (load(learn, path) takes weights and optimizer only)')
 
 # %% ../nbs/09d_checkpoints.ipynb #db95b4cd
 def parts(run, data) -> dict:
@@ -166,7 +166,7 @@ def callback_parts(run) -> dict:
         if gens: out[f'dice of {name}'] = dice, put_dice
     return out
 
-# %% ../nbs/09d_checkpoints.ipynb #4c83891d
+# %% ../nbs/09d_checkpoints.ipynb #aa3bf93a
 def same_kind(saved, here, where) -> None:
     "Raise `ValueError` where `saved` holds another kind of thing than `here`; None fits all."
     number = bool, int, float, torch.Tensor
@@ -188,10 +188,11 @@ def put_back(parts, saved) -> None:
         if n not in saved: continue
         same_kind(saved[n], plain(get()), n)
         put(copy.deepcopy(saved[n]))
+        get()                                              # raises, where what it took makes no sense
 
-# %% ../nbs/09d_checkpoints.ipynb #79097ab3
+# %% ../nbs/09d_checkpoints.ipynb #9318ad64
 NAME = re.compile(r'\d{6}-[0-9a-f]{4}\.\d{9}\.pt')          # run, random letters, steps
-PASS = 'order', 'dice'                                      # what the order of an epoch is drawn from
+PASS = 'order', 'dice'                                      # an epoch's order is drawn from these
 
 class Checkpoint(Callback):
     """Writes the whole state of a fit into `folder`: after each epoch, and every `every` batches.
@@ -212,7 +213,7 @@ class Checkpoint(Callback):
         return sorted((f for f in there if f.name.startswith(run)), reverse=True)
 
     def start(self, learn) -> tuple:
-        """`(epoch, batch)` for `learn.fit(…, start=…)`; `(0, 0)` where the folder has no checkpoint.
+        """`(epoch, batch)` for `learn.fit(…, start=…)`; `(0, 0)` where there is no checkpoint.
 
         One that cannot be read is named in a warning, and the one before it taken. Raises
         `CheckpointError` where none can be read, or it is of another model or other data."""
@@ -272,8 +273,9 @@ class Checkpoint(Callback):
         "Write a checkpoint, then remove those of this run that are too many."
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized() and dist.get_rank(): return
-        path, state = self.folder/f'{self.run_id}.{run.n_iter:09d}.pt', self.state(run, epoch, batch)
-        for old in [*self.files(self.run_id)[:0:-1], None]:        # all but the newest can make room
+        path = self.folder/f'{self.run_id}.{run.n_iter:09d}.pt'
+        state = self.state(run, epoch, batch)
+        for old in [*self.files(self.run_id)[:0:-1], None]:        # all but the newest may make room
             try: write_file(path, 'checkpoint', state)
             except CheckpointError as e:
                 full = getattr(e.__cause__, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT)

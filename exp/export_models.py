@@ -6,11 +6,12 @@
 __all__ = ['TRAVELS', 'HOLDS', 'register', 'find', 'name_of', 'pack', 'unpack', 'Words', 'pack_data', 'unpack_data',
            'shapes_batches', 'export', 'load_learner', 'save_safetensors', 'load_safetensors']
 
-# %% ../nbs/more/09h_export_models.ipynb #9c34667a
+# %% ../nbs/more/09h_export_models.ipynb #4691ad04
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -36,9 +37,9 @@ def register(*things):
     for o in things: _YOURS.setdefault(f'{o.__module__}.{o.__qualname__}', []).append(o)
     return things[0]
 
-# %% ../nbs/more/09h_export_models.ipynb #ba180cb7
+# %% ../nbs/more/09h_export_models.ipynb #70814d49
 def find(name: str):
-    "The function or class that a file calls `name`. Raises `CheckpointError` for any that may not travel."
+    "The function or class that a file calls `name`. `CheckpointError` for what may not travel."
     module, _, short = name.rpartition('.')
     if name in _YOURS: return _YOURS[name][-1]
     if short in TRAVELS.get(module, '').split():
@@ -48,7 +49,7 @@ def find(name: str):
     raise CheckpointError(f'it needs {name}, which may not travel: register it here, too')
 
 def name_of(o, where: str = 'it') -> str:
-    "The name under which the function or class `o` travels. Raises `CheckpointError` where it may not."
+    "The name under which the function or class `o` travels. `CheckpointError` where it may not."
     short = getattr(o, '__qualname__', type(o).__name__)
     name = f'{getattr(o, "__module__", "")}.{short}'
     if any(o is known for known in _YOURS.get(name, [])): return name      # or defined anew since
@@ -59,7 +60,8 @@ def name_of(o, where: str = 'it') -> str:
     raise CheckpointError(f'{where} is {short}, which cannot travel: make it a function or class '
                           f'of a module, and register({short})')
 
-# %% ../nbs/more/09h_export_models.ipynb #7536fb62
+# %% ../nbs/more/09h_export_models.ipynb #adbc0171
+_PLAIN = torch.Tensor, np.generic, int, float, str
 _MODULE = vars(nn.Module()).keys() - {'training'}          # every module's tables: layers, hooks, …
 
 def _pack_module(m, where):
@@ -72,18 +74,18 @@ def _pack_module(m, where):
 def pack(o, where: str = 'it'):
     """`o` in plain types: a function is its name, an object the name of its class and its attributes,
     a module its parameters and layers too (not its hooks). Raises `CheckpointError`."""
+    if o is None or isinstance(o, _PLAIN): return plain(o, where)
     if isinstance(o, dict):
         return {'dict': [[plain(k, where), pack(v, f'{where}.{k}')] for k, v in o.items()]}
     if isinstance(o, (list, tuple)):
         parts = [pack(v, f'{where}[{i}]') for i, v in enumerate(o)]
         return parts if isinstance(o, list) else tuple(parts)
-    if isinstance(o, type) or hasattr(o, '__qualname__'): return {'name': name_of(o, where)}
-    if torch.is_tensor(o) or not hasattr(o, '__dict__'): return plain(o, where)
+    if not hasattr(o, '__dict__') or hasattr(o, '__qualname__'): return {'name': name_of(o, where)}
     name, skip = name_of(type(o), where), _MODULE if isinstance(o, nn.Module) else ()
     mine = {k: pack(v, f'{where}.{k}') for k, v in vars(o).items() if k not in skip}
     return {'object': name, 'vars': mine, **(_pack_module(o, where) if skip else {})}
 
-# %% ../nbs/more/09h_export_models.ipynb #17adf8ba
+# %% ../nbs/more/09h_export_models.ipynb #f1ef8465
 def _unpack_module(o, r):
     for k, p in r['parameters'].items():
         new = None if p is None else nn.Parameter(p, requires_grad=p.is_floating_point())
@@ -101,7 +103,8 @@ def unpack(r):
     if not isinstance(cls, type): raise CheckpointError(f'{r["object"]} is a function, not a class')
     o, is_module = cls.__new__(cls), issubclass(cls, nn.Module)
     if is_module:
-        if bad := _MODULE & r['vars'].keys(): raise CheckpointError(f'it sets {min(bad)} of a layer')
+        bad = _MODULE & r['vars'].keys()
+        if bad: raise CheckpointError(f'it sets {min(bad)} of a layer')
         nn.Module.__init__(o)                              # empty tables, and no more
     o.__dict__.update({k: unpack(v) for k, v in r['vars'].items()})
     if is_module: _unpack_module(o, r)
@@ -134,7 +137,7 @@ def unpack_data(s, c_in, c_out):
     labels, items = SimpleNamespace(y=Words(unpack(s['procs']))), SimpleNamespace(x=x)
     return ItemBunch(None, None, c_in, c_out, SimpleNamespace(train=labels, valid=items))
 
-# %% ../nbs/more/09h_export_models.ipynb #b6aa8297
+# %% ../nbs/more/09h_export_models.ipynb #6a08e724
 _MAYBE, _COUNT = (dict, type(None)), (int, type(None))
 HOLDS = {'export': {'layers': _MAYBE, 'model': _MAYBE, 'cbs': list, 'data': _MAYBE,
                     'c_in': _COUNT, 'c_out': _COUNT}}
@@ -154,7 +157,8 @@ def export(learn: Learner, path, model: bool = True, cbs=None) -> Path:
     state = {'layers': pack(net, 'the model') if model else None,
              'model': None if model else net.state_dict(),
              'cbs': [pack(cb, f'the callback {type(cb).__name__}') for cb in cbs],
-             'data': pack_data(getattr(data, 'source', None)), 'c_in': data.c_in, 'c_out': data.c_out}
+             'data': pack_data(getattr(data, 'source', None)),
+             'c_in': data.c_in, 'c_out': data.c_out}
     write_file(path, 'export', state)
     return Path(path).expanduser()
 
@@ -177,14 +181,14 @@ def load_learner(path, model=None, device=None) -> Learner:
             raise ValueError('it was written without layers: load_learner(path, model)')
         return Learner(net.eval(), data, None, cbs=[CudaCallback(device or 'cpu'), *cbs])
 
-# %% ../nbs/more/09h_export_models.ipynb #5c224464
+# %% ../nbs/more/09h_export_models.ipynb #c5e8a6da
 def _safetensors():
     try: import safetensors.torch
-    except ImportError: raise ImportError('the package is missing: pip install safetensors') from None
+    except ImportError: raise ImportError('needed here: pip install safetensors') from None
     return safetensors.torch
 
 def save_safetensors(learn: Learner, path) -> Path:
-    "The weights alone, as safetensors. Raises `CheckpointError` where the model saves more than tensors."
+    "The weights alone, as safetensors. `CheckpointError` where the model saves more than tensors."
     sd, path = bare(learn.model).state_dict(), Path(path).expanduser()
     if odd := [k for k, v in sd.items() if not torch.is_tensor(v)]:
         raise CheckpointError(f'{path}: not written, {odd[0]} is no tensor, as safetensors wants')
