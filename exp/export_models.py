@@ -6,7 +6,7 @@
 __all__ = ['TRAVELS', 'HOLDS', 'register', 'find', 'name_of', 'pack', 'unpack', 'Words', 'pack_data', 'unpack_data',
            'shapes_batches', 'export', 'load_learner', 'save_safetensors', 'load_safetensors']
 
-# %% ../nbs/more/09h_export_models.ipynb #4691ad04
+# %% ../nbs/more/09h_export_models.ipynb #b41ef11f
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from .callbacks import CudaCallback, DataBunch
 from .data_block import ItemBunch, ItemList
 from .files import (CheckpointError, check_model, plain, read_file, refusing, write_atomic,
                        write_file)
-from .learner import Learner, bare, fit_only
+from .learner import Explain, Learner, bare, fit_only
 
 # %% ../nbs/more/09h_export_models.ipynb #b1c47cbb
 TRAVELS = {
@@ -137,14 +137,14 @@ def unpack_data(s, c_in, c_out):
     labels, items = SimpleNamespace(y=Words(unpack(s['procs']))), SimpleNamespace(x=x)
     return ItemBunch(None, None, c_in, c_out, SimpleNamespace(train=labels, valid=items))
 
-# %% ../nbs/more/09h_export_models.ipynb #6a08e724
+# %% ../nbs/more/09h_export_models.ipynb #738e7c94
 _MAYBE, _COUNT = (dict, type(None)), (int, type(None))
 HOLDS = {'export': {'layers': _MAYBE, 'model': _MAYBE, 'cbs': list, 'data': _MAYBE,
                     'c_in': _COUNT, 'c_out': _COUNT}}
 
 def shapes_batches(cb) -> bool:
     "Whether the callback shapes what the model sees or says, also outside a fit."
-    if fit_only(cb) or isinstance(cb, CudaCallback): return False
+    if fit_only(cb) or isinstance(cb, (CudaCallback, Explain)): return False
     return any(hasattr(cb, e) for e in ('begin_validate', 'begin_batch', 'after_pred'))
 
 def export(learn: Learner, path, model: bool = True, cbs=None) -> Path:
@@ -170,6 +170,7 @@ def load_learner(path, model=None, device=None) -> Learner:
     path = Path(path).expanduser()
     d = read_file(path, 'export', holds=HOLDS)
     with refusing(path):
+        if any('object' not in r for r in d['cbs']): raise ValueError('a callback is no object')
         net, cbs = d['layers'] and unpack(d['layers']), unpack(d['cbs'])
         data = unpack_data(d['data'], d['c_in'], d['c_out'])
         if model is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# %% ../nbs/05b_files.ipynb #f1616064
+# %% ../nbs/05b_files.ipynb #eb4ce9ab
 class CheckpointError(ValueError):
     "A file that was refused or could not be written; says which, and why. Nothing has changed."
 
@@ -23,7 +23,6 @@ def refusing(path, back=lambda: None):
     try: yield
     except Exception as e:
         back()
-        if isinstance(e, CheckpointError): raise
         why = e if isinstance(e, ValueError) else f'{type(e).__name__}: {e}'
         raise CheckpointError(f'{path}: refused, {why}') from None
 
