@@ -18,7 +18,7 @@ from .callbacks import (NO_PASS, AvgStatsCallback, Callback, CancelFitException,
                            batch_len, get_hypers)
 from .learner import CancelStepException
 
-# %% ../nbs/more/09f_training_callbacks.ipynb #86d58bae
+# %% ../nbs/more/09f_training_callbacks.ipynb #76c8ee54
 class GradientAccumulation(Callback):
     """One optimizer step for every `n` batches, and one for what is left at the end of a pass.
 
@@ -37,14 +37,14 @@ class GradientAccumulation(Callback):
         self.loss = run.loss
         if not run.in_train: return
         self.now = n = self.count(run)
-        run.loss.register_hook(lambda g: g*n)                   # sums over items add up …
+        run.loss.register_hook(lambda g: g*n)           # sums over items add up …
 
     def after_backward(self, run):
-        run.loss = self.loss                                    # whatever it was scaled by meanwhile
+        run.loss = self.loss                            # whatever it was scaled by meanwhile
         self.batches, self.items = self.batches + 1, self.items + self.now
         if self.batches < self.n and run.iter < run.iters - 1: raise CancelStepException
         grads = [p.grad for p in run.model.parameters() if p.grad is not None]
-        torch._foreach_div_(grads, self.items)                  # … and are divided once
+        torch._foreach_div_(grads, self.items)          # … and are divided once
         self.batches = self.items = 0
 
     def after_cancel_batch(self, run):
@@ -69,25 +69,26 @@ class GradientClip(Callback):
         self.max_norm = max_norm
     def after_backward(self, run): nn.utils.clip_grad_norm_(run.model.parameters(), self.max_norm)
 
-# %% ../nbs/more/09f_training_callbacks.ipynb #96774add
+# %% ../nbs/more/09f_training_callbacks.ipynb #17adac91
 _LESS = re.compile(r'loss|entropy|mse|mae|mape|perplexity|huber|brier|kl_div|(^|_)err'
                    r'|(^|_)(nll|bce|wer|cer|ece|ppl)(_|$)')
 
 def _table(run, cb):
     for o in run.cbs:
         if isinstance(o, AvgStatsCallback): return o
-    raise ValueError(f'{type(cb).__name__} reads the table of AvgStatsCallback: add one to the learner')
+    raise ValueError(f'{type(cb).__name__} reads the table of AvgStatsCallback: add one')
 
 class Watch:
     """Base of callbacks that follow a column of the learner's table (`valid_loss`, …) and its best.
 
     `bigger`: whether more is better; None: unless the name tells of a loss or an error."""
     _order, _fit_only = AvgStatsCallback._order + 1, True       # the epoch's row is there
+    _keeps = 'best', 'best_epoch'                               # the state, from epoch to epoch
+    best = best_epoch = None
 
     def __init__(self, monitor: str = 'valid_loss', bigger=None):
         if bigger is None: bigger = not _LESS.search(monitor.lower())
         self.monitor, self.sign = monitor, 1 if bigger else -1
-        self.best = self.best_epoch = None
 
     def begin_fit(self, run):
         self.best = self.best_epoch = None
@@ -95,15 +96,11 @@ class Watch:
         if self.monitor not in heads:
             raise ValueError(f'the table has no {self.monitor!r}; it has {", ".join(heads)}')
         if self.monitor.startswith('valid_') and run.data.valid_dl is None:
-            raise ValueError(f'{type(self).__name__} follows {self.monitor!r}, '
-                             'and there is no validation data')
+            raise ValueError(f'there is no validation data to fill {self.monitor!r}')
 
     def now(self, run):
         "The column's value in the epoch that has just ended."
-        now = _table(run, self).rows[-1][self.monitor]
-        if isinstance(now, list):
-            raise ValueError(f'{self.monitor} is {len(now)} numbers: one can be followed')
-        return now
+        return _table(run, self).rows[-1][self.monitor]
 
     def improved(self, run, by: float = 0.) -> bool:
         "Whether this epoch is the best so far, by more than `by`; if so it is kept as the best."
@@ -113,15 +110,17 @@ class Watch:
         self.best, self.best_epoch = now, run.epoch
         return True
 
-    def state_dict(self): return {'best': self.best, 'best_epoch': self.best_epoch}
-    def load_state_dict(self, sd): self.best, self.best_epoch = sd['best'], sd['best_epoch']
+    def state_dict(self): return {k: getattr(self, k) for k in self._keeps}
+    def load_state_dict(self, sd):
+        for k in self._keeps: setattr(self, k, sd[k])
 
-# %% ../nbs/more/09f_training_callbacks.ipynb #f2f8fa7a
+# %% ../nbs/more/09f_training_callbacks.ipynb #22525d1f
 class EarlyStopping(Watch):
     """Ends the fit when `monitor` has not improved by more than `min_delta` for `patience` epochs.
 
     A `Checkpoint` (notebook 09d) has not seen the last epoch: a restart trains it again."""
     _order = 900                            # after all that log an epoch; before Checkpoint (1000)
+    _keeps = *Watch._keeps, 'waited'
 
     def __init__(self, monitor: str = 'valid_loss', patience: int = 2, min_delta: float = 0.,
                  bigger=None):
@@ -138,11 +137,6 @@ class EarlyStopping(Watch):
         self.waited = 0 if self.improved(run, self.min_delta) else self.waited + 1
         if self.waited >= self.patience: raise CancelFitException
 
-    def state_dict(self): return {**super().state_dict(), 'waited': self.waited}
-    def load_state_dict(self, sd):
-        super().load_state_dict(sd)
-        self.waited = sd['waited']
-
 # %% ../nbs/more/09f_training_callbacks.ipynb #6fa3ac99
 @contextmanager
 def written_whole(path):
@@ -153,16 +147,18 @@ def written_whole(path):
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/more/09f_training_callbacks.ipynb #7e53a6e2
+# %% ../nbs/more/09f_training_callbacks.ipynb #94895adf
 class SaveBest(Watch):
     """Keeps a copy of the weights of the epoch with the best `monitor`, in the file `path` too if
     there is one, and puts them back at the end of the fit, by whichever way it ends.
 
     Warns where the file cannot be written, and where no epoch had a number to compare."""
+    _keeps = *Watch._keeps, 'weights'
+    weights, epochs = None, 0
+
     def __init__(self, monitor: str = 'valid_loss', path=None, bigger=None):
         super().__init__(monitor, bigger)
         self.path = path and Path(path).expanduser()
-        self.weights, self.epochs = None, 0
 
     def begin_fit(self, run):
         super().begin_fit(run)
@@ -173,8 +169,9 @@ class SaveBest(Watch):
     def after_epoch(self, run):
         self.epochs += 1
         if not self.improved(run): return
-        sd = run.model.state_dict()
-        self.weights = {k: v.clone() if torch.is_tensor(v) else copy.deepcopy(v) for k, v in sd.items()}
+        state = run.model.state_dict()
+        self.weights = {k: v.clone() if torch.is_tensor(v) else copy.deepcopy(v)
+                        for k, v in state.items()}
         if self.path: self.write()
 
     def write(self):
@@ -190,13 +187,8 @@ class SaveBest(Watch):
     def after_fit(self, run):
         self.put_back(run)
         if self.weights is None and self.epochs:
-            warnings.warn(f'SaveBest: in {self.epochs} epochs {self.monitor} never was a number: no '
-                          'weights were kept and no file was written', stacklevel=2)
-
-    def state_dict(self): return {**super().state_dict(), 'weights': self.weights}
-    def load_state_dict(self, sd):
-        super().load_state_dict(sd)
-        self.weights = sd['weights'] and dict(sd['weights'])
+            warnings.warn(f'SaveBest: {self.monitor} never was a number in {self.epochs} epochs: '
+                          'no weights were kept and no file was written', stacklevel=2)
 
 class _PutBack(Callback):
     "Once more, after those that validate other weights than they train (averages) and undo that."
@@ -204,27 +196,26 @@ class _PutBack(Callback):
     def __init__(self, best): self.best = best
     def after_fit(self, run): self.best.put_back(run)
 
-# %% ../nbs/more/09f_training_callbacks.ipynb #39a3b7e8
+# %% ../nbs/more/09f_training_callbacks.ipynb #ff267739
 class CSVLogger(Callback):
-    """Appends each epoch's row of the learner's table to the file `path`, at once.
+    """Keeps the learner's table in the file `path`: each epoch's row at once, after those there.
 
     A fit that goes on (`start`) replaces the rows of the epochs that it trains again. Warns where
-    a row cannot be written. Raises `ValueError` where the file has other columns."""
+    the file cannot be written. Raises `ValueError` where it has other columns."""
     _order, _fit_only = AvgStatsCallback._order + 1, True
     def __init__(self, path='history.csv'): self.path = Path(path).expanduser()
 
     def begin_fit(self, run):
-        heads = _table(run, self).heads
+        heads, lines = _table(run, self).heads, []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not self.path.exists(): return
-        with open(self.path, newline='', encoding='utf-8') as f: old, *rows = [*csv.reader(f)] or [heads]
+        if self.path.exists():
+            with open(self.path, newline='', encoding='utf-8') as f: lines = list(csv.reader(f))
+        old, *rows = lines or [heads]
         if old != heads:
             raise ValueError(f'{self.path} has the columns {",".join(old)} and this fit has '
                              f'{",".join(heads)}: give it another file')
-        kept = self.before([r for r in rows if len(r) == len(heads)], getattr(run, 'start', (0, 0)))
-        if len(kept) == len(rows): return
-        with written_whole(self.path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
-            csv.writer(f).writerows([heads, *kept])
+        whole = [r for r in rows if len(r) == len(heads)]
+        self.lines = [heads, *self.before(whole, getattr(run, 'start', (0, 0)))]
 
     def before(self, rows, start):
         "The rows without those that a fit from `start` on writes again; of earlier fits all stay."
@@ -234,29 +225,25 @@ class CSVLogger(Callback):
         return rows[:first] + [r for r in rows[first:] if int(r[0]) < start[0]]
 
     def after_epoch(self, run):
-        row = _table(run, self).rows[-1]
-        size = self.path.stat().st_size if self.path.exists() else 0
+        self.lines.append(list(_table(run, self).rows[-1].values()))
         try:
-            with open(self.path, 'a', newline='', encoding='utf-8') as f:
-                w = csv.DictWriter(f, row)
-                if not size: w.writeheader()
-                w.writerow(row)
-        except OSError as e:                                    # costs a row, and not the training
-            warnings.warn(f'{self.path}: the row of epoch {run.epoch} could not be written '
+            with written_whole(self.path) as tmp, open(tmp, 'w', newline='', encoding='utf-8') as f:
+                csv.writer(f).writerows(self.lines)
+        except OSError as e:                            # a full disk is no reason to stop
+            warnings.warn(f'{self.path} could not be written after epoch {run.epoch} '
                           f'({e.strerror})', stacklevel=2)
-            if self.path.exists(): os.truncate(self.path, size) # not half a row
 
-# %% ../nbs/more/09f_training_callbacks.ipynb #20fdb597
+# %% ../nbs/more/09f_training_callbacks.ipynb #a85a34ad
 class TensorBoardCallback(Callback):
-    """Training loss and hyper-parameters per batch and the learner's table per epoch, for tensorboard,
-    in the folder `log_dir`. Written once an epoch. Raises `ImportError` where it is not installed."""
+    """Loss and hyper-parameters of each batch and the table of each epoch, for tensorboard, in the
+    folder `log_dir`; written once an epoch. Raises `ImportError` where it is not installed."""
     _order, _fit_only = Recorder._order + 1, True
     def __init__(self, log_dir='runs'): self.log_dir, self.writer = Path(log_dir).expanduser(), None
 
     def begin_fit(self, run):
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
-            raise ImportError('TensorBoardCallback needs tensorboard: pip install tensorboard') from e
+            raise ImportError('this needs tensorboard: pip install tensorboard') from e
         self.writer, self.seen = SummaryWriter(self.log_dir), []
 
     def after_batch(self, run):
@@ -265,12 +252,12 @@ class TensorBoardCallback(Callback):
         self.seen.append((run.n_iter, run.loss.detach(), hypers))
 
     def after_epoch(self, run):
-        losses = torch.stack([l for _, l, _ in self.seen]).tolist() if self.seen else []
-        for (i, _, hypers), l in zip(self.seen, losses):
-            for k, v in {'loss': l, **hypers}.items(): self.writer.add_scalar(f'batch/{k}', v, i)
-        rows = [cb.rows[-1] for cb in run.cbs if isinstance(cb, AvgStatsCallback) and cb.rows]
-        for k, v in (rows[0] if rows else {}).items():
-            if not isinstance(v, list): self.writer.add_scalar(f'epoch/{k}', v, run.n_iter)
+        for i, loss, hypers in self.seen:
+            values = {'loss': loss, **hypers}
+            for k, v in values.items(): self.writer.add_scalar(f'batch/{k}', v, i)
+        rows = [cb.rows[-1] for cb in run.cbs if isinstance(cb, AvgStatsCallback)]
+        numbers = {k: v for row in rows[:1] for k, v in row.items() if not isinstance(v, list)}
+        for k, v in numbers.items(): self.writer.add_scalar(f'epoch/{k}', v, run.n_iter)
         self.seen = []
         self.writer.flush()
 
