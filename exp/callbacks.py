@@ -232,7 +232,7 @@ def column_names(metrics):
         names.append(next(n for n in same if n not in names))
     return names
 
-# %% ../nbs/04_callbacks.ipynb #57f32034
+# %% ../nbs/04_callbacks.ipynb #73c62c98
 def _dash():
     try: '–'.encode(getattr(sys.stdout, 'encoding', None) or 'utf-8')
     except UnicodeEncodeError: return '-'                       # an old terminal, which would end the training here
@@ -247,7 +247,7 @@ def load_metric_state(m, state):
     for k, v in state.items(): setattr(m, k, v)
     if hasattr(m, '_update_count'): m._update_count, m._computed = 1, None     # torchmetrics: it has been updated, not computed
 
-# %% ../nbs/04_callbacks.ipynb #9def53bc
+# %% ../nbs/04_callbacks.ipynb #4ac8a737
 NO_PASS = float('nan')                              # in the row of a pass that did not take place; to be known by `is`
 
 class AvgStatsCallback(Callback):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Lambda', 'flatten', 'Hook', 'Hooks', 'append_stats', 'plot_stats', 'plot_hists', 'init_cnn', 'GeneralRelu',
-           'conv_relu', 'prev_pow_2', 'get_cnn_layers', 'get_cnn_model', 'get_runner', 'keep_freed_memory']
+           'conv_relu', 'prev_pow_2', 'get_cnn_layers', 'get_cnn_model', 'get_runner', 'bare', 'keep_freed_memory']
 
 # %% ../nbs/06_convnets.ipynb #31fe6c5b
 from functools import partial
@@ -128,6 +128,14 @@ def get_cnn_model(data, nfs, layer=conv_relu, **kwargs):
 def get_runner(model, data, lr, cbs=(), opt_func=torch.optim.SGD, loss_func=F.cross_entropy):
     "A `Runner` on `model` with `opt_func(model.parameters(), lr=lr)`."
     return Runner(model, data, loss_func, opt_func(model.parameters(), lr=lr), cbs)
+
+# %% ../nbs/06_convnets.ipynb #c454c757
+def bare(model):
+    "The model inside the wrappers of training (`DistributedDataParallel`, `torch.compile`)."
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+        elif hasattr(model, '_orig_mod'): model = model._orig_mod
+        else: return model
 
 # %% ../nbs/06_convnets.ipynb #eb41fb3d
 def keep_freed_memory():

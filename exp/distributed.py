@@ -25,10 +25,12 @@ from torch.utils.data.distributed import DistributedSampler
 # %% ../nbs/10d_distributed.ipynb #d0b9c944
 from .batchnorm import BatchNorm, RunningBatchNorm
 from .callbacks import AvgStatsCallback, Callback, CancelBatchException, CancelEpochException, CancelFitException, batch_len
-from .checkpoints import Checkpoint, loader_state, load_loader_state, rng_state, set_rng_state
+from .checkpoints import Checkpoint
 from .data_block import ItemLoader
-from .learner import CancelStepException, CSVLogger, GradientAccumulation, SaveBest, TensorBoardCallback
+from .learner import CancelStepException
+from .lr_find import load_loader_state, loader_state, rng_state, set_rng_state
 from .progress import ProgressCallback
+from .training_callbacks import CSVLogger, GradientAccumulation, SaveBest, TensorBoardCallback
 
 # %% ../nbs/10d_distributed.ipynb #c9b48463
 def rank_and_size():
@@ -628,10 +630,10 @@ def sum_stats(self: Distributed, run):
     "Totals and counts of the metrics become those of all processes; one that has seen nothing adds nothing."
     stats = self.stats_of(run)
     if not stats: return
-    def one(s): return torch.cat([torch.zeros(1 + len(s.metrics)).double() if s.totals is None else s.totals.double().cpu(), torch.tensor([s.count]).double()])
+    def one(s): return torch.cat([torch.zeros(1 + len(s.means)).double() if s.totals is None else s.totals.double().cpu(), torch.tensor([s.count]).double()])
     flat = torch.cat([one(s) for s in stats])
     dist.all_reduce(flat, group=self.group)
-    for s, t in zip(stats, flat.split([2 + len(s.metrics) for s in stats])): s.totals, s.count = (t[:-1], int(t[-1])) if t[-1] else (None, 0)
+    for s, t in zip(stats, flat.split([2 + len(s.means) for s in stats])): s.totals, s.count = (t[:-1], int(t[-1])) if t[-1] else (None, 0)
 
 # %% ../nbs/10d_distributed.ipynb #adc4b366
 @patch

@@ -22,10 +22,11 @@ from torch import nn
 
 from .batchnorm import RunningBatchNorm
 from .callbacks import BatchTransformXCallback, default_device
-from .checkpoints import CheckpointError, bare, load_learner, write_atomic
-from .convnets import Hook, Hooks
+from .convnets import Hook, Hooks, bare
 from .data_block import ItemList, ItemLoader, MultiCategoryProcessor, get_files, image_extensions, same_draws, show_image
 from .datasets import IMAGENETTE_NAMES, DataError, readable
+from .export_models import load_learner
+from .files import CheckpointError, write_atomic
 from .learner import fit_only, in_order, split_batch
 from .mixup import ignored_label
 
@@ -489,7 +490,7 @@ def predict_files(learn, files, bs=64, threads=None):
 # %% ../nbs/11a_interpret.ipynb #8b8021e7
 def ranked(learn, pred, k=1):
     "The `k` likeliest labels of one row of scores, `[(label, probability), …]`; of a model with several labels an item, those it decides for; a value as `[(value, None)]`."
-    label, p = learn.decode(pred)
+    label, p = learn.data.decode(pred) or learn.decode(pred)
     vocab = getattr(learn.data, 'classes', None) or (range(len(pred)) if pred.numel() > 1 else None)
     source = getattr(learn.data, 'source', None)
     proc = source.train.y.procs[-1] if source is not None and source.train.y.procs else None

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIT_ONLY', 'CancelStepException', 'one_group', 'spread_lrs', 'split_batch', 'join_batches', 'compares', 'Explain',
-           'left_out', 'fit_only', 'sum_over_processes', 'summed', 'Learner', 'get_learner']
+           'left_out', 'fit_only', 'sum_over_processes', 'summed', 'Learner', 'get_learner', 'LR_Find', 'in_order',
+           'set_seed']
 
 # %% ../nbs/09b_learner.ipynb #e0c5d158
 import itertools
@@ -15,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/09b_learner.ipynb #3aedd926
+# %% ../nbs/09b_learner.ipynb #3fc180c5
 from .annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from .callbacks import (EVENTS, AvgStats, AvgStatsCallback, Callback, CancelBatchException,
                            CancelEpochException, CancelFitException, Recorder, check_events,
                            column_names, get_hypers, metric_name)
-from .convnets import get_cnn_model, init_cnn
-from .lr_find import LR_Find, in_order, snapshot
+from .convnets import bare, get_cnn_model, init_cnn
+from .lr_find import LR_Find, in_order, set_seed, snapshot
 from .optimizers import listify, sgd_opt
+
+_all_ = ['LR_Find', 'in_order', 'set_seed']                 # to be had from here, too
 
 # %% ../nbs/09b_learner.ipynb #3e6fd0b8
 class CancelStepException(Exception):

@@ -168,7 +168,7 @@ def in_order(dl):
         ds = Subset(ds, sorted({int(i) for i in np.concatenate([np.ravel(i) for i in s])}))
     return DataLoader(ds, dl.batch_size or 64, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
 
-# %% ../nbs/05a_lr_find.ipynb #e326bf5f
+# %% ../nbs/05a_lr_find.ipynb #32a8b655
 @torch.no_grad()
 def _put(t, old): t.copy_(old)
 
@@ -191,6 +191,7 @@ def _insides(o, tensors, seen):
 def _of_model(model, tensors):
     "Functions that put back modes, buffers, gradients and, with `tensors`, the weights."
     for m in model.modules(): yield partial(setattr, m, 'training', m.training)
+    for m in model.modules(): yield partial(_refill, m._buffers, dict(m._buffers))
     for t in model.buffers(): yield partial(_put, t, t.detach().clone())
     for p in model.parameters():
         if tensors: yield partial(_put, p, p.detach().clone())

@@ -6,14 +6,15 @@
 __all__ = ['orthonormal_', 'LSUVReport', 'lsuv_init']
 
 # %% ../nbs/07a_lsuv.ipynb #a6878bf5
-import html, math, random
+import html, math
 from itertools import islice
 
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
+
+from .lr_find import snapshot
 
 # %% ../nbs/07a_lsuv.ipynb #d06aefbb
 def _frames(n, rows, cols, generator, dtype):
@@ -88,35 +89,6 @@ def _factor(out, bias, target):
     disc = cov*cov - var*(vb - target)
     s = (disc**.5 - cov)/var if disc >= 0 else 0
     return (s, None) if s > 0 else (None, f'its bias alone has variance {vb:.3g}, and may not be moved')
-
-# %% ../nbs/07a_lsuv.ipynb #4fddbad7
-class _AsFound:
-    "A context manager that puts back what forward passes change: modes, buffers, random states, a loader's `epoch`. `rewind()` does all but the modes."
-    def __init__(self, model, loader=None):
-        self.modes = [(m, m.training) for m in model.modules()]
-        self.buffers = [(m, k, b, None if b is None else b.clone()) for m in model.modules() for k, b in m._buffers.items()]
-        gens = {id(g): g for o in (loader, getattr(loader, 'sampler', None)) if isinstance(g := getattr(o, 'generator', None), torch.Generator)}
-        cuda = {p.device for p in model.parameters() if p.device.type == 'cuda'}
-        self.states = [(random.setstate, random.getstate()), (np.random.set_state, np.random.get_state()),
-                       (torch.set_rng_state, torch.get_rng_state()), *((g.set_state, g.get_state()) for g in gens.values()),
-                       *((lambda s, d=d: torch.cuda.set_rng_state(s, d), torch.cuda.get_rng_state(d)) for d in cuda)]
-        if isinstance(getattr(loader, 'epoch', None), int): self.states.append((lambda n: setattr(loader, 'epoch', n), loader.epoch))
-        if any(p.device.type == 'mps' for p in model.parameters()): self.states.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
-
-    def __enter__(self): return self
-    def __exit__(self, *args):
-        self.rewind()
-        for m, mode in self.modes: m.training = mode
-
-# %% ../nbs/07a_lsuv.ipynb #fb42f596
-@patch
-@torch.no_grad()
-def rewind(self: _AsFound):
-    "Put back all but the modes: buffers and their values, random states, the loader's `epoch`."
-    for m, k, b, old in self.buffers:
-        m._buffers[k] = b
-        if b is not None: b.copy_(old)
-    for put, state in self.states: put(state)
 
 # %% ../nbs/07a_lsuv.ipynb #7edabf99
 _LAYERS = nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
@@ -275,12 +247,12 @@ def _set_all(model, todo, batches, tol):
     return n
 
 # %% ../nbs/07a_lsuv.ipynb #4c534c7a
-def _trials(model, weights, todo, batches, found, tol, max_trials):
+def _trials(model, weights, todo, batches, rewind, tol, max_trials):
     "Set in one pass, measure in another, until all is well or `max_trials` are used up. Returns the passes made."
     n = 0
     for _ in range(max_trials):
-        found.rewind(); n += _set_all(model, todo, batches, tol)
-        found.rewind(); n += _measure(model, weights, batches)[1]
+        rewind(); n += _set_all(model, todo, batches, tol)
+        rewind(); n += _measure(model, weights, batches)[1]
         for w in todo:                                          # a net that chooses its way may take another one with other weights
             if w.now is None: w.failed = 'ran at first and not again'
         off = [w for w in todo if w.is_off(tol) and not w.failed]
@@ -303,8 +275,12 @@ def lsuv_init(model, xb, *, tol=.01, max_trials=10, orthonormal=True, train=None
     model = getattr(model, '_orig_mod', model)                  # what torch.compile wraps
     weights, report = _find_weights(model), LSUVReport()
     if orthonormal: generator = generator or torch.Generator().manual_seed(torch.randint(2**62, ()).item())
-    with _AsFound(model, xb) as found:
+    back = snapshot(model, loaders=[xb] if hasattr(xb, '__dict__') and not torch.is_tensor(xb) else [], tensors=False)
+    def rewind():
+        back()
         if train is not None: model.train(train)
+    try:
+        rewind()
         batches = _batches(xb, n_batches, next((p.device for p in model.parameters()), None))
         ran, report.forwards = _measure(model, weights, batches)
         for w in weights: w.before = w.now
@@ -312,7 +288,8 @@ def lsuv_init(model, xb, *, tol=.01, max_trials=10, orthonormal=True, train=None
         if orthonormal:
             for w in todo: w.orthonormal(orthonormal_ if orthonormal is True else orthonormal, generator)
         if todo and (orthonormal or any(w.is_off(tol) for w in todo)):
-            report.forwards += _trials(model, ran, todo, batches, found, tol, max_trials)
+            report.forwards += _trials(model, ran, todo, batches, rewind, tol, max_trials)
+    finally: back()
     report.failed = [w.name for w in ran if w.failed and w.is_off(tol)]
     report.extend(w.row(w.name in report.failed) for w in [*ran, *(w for w in weights if w not in ran)])
     return report

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .callbacks import Callback
-from .checkpoints import bare
+from .convnets import bare
 from .data_block import show_images
 
 # %% ../nbs/10b_mixup.ipynb #67554cd6

@@ -23,19 +23,22 @@ from torch import nn
 from .annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal, sched_cos, sched_no
 from .batchnorm import conv_layer
 from .callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CancelEpochException, CudaCallback, accuracy
-from .checkpoints import Checkpoint, CheckpointError, bare, write_atomic
-from .convnets import get_cnn_model, init_cnn, keep_freed_memory
+from .checkpoints import Checkpoint
+from .convnets import bare, get_cnn_model, init_cnn, keep_freed_memory
 from .data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb,
                             parent_labeler, to_byte_tensor)
 from .datasets import DataError, URLs, untar_data
 from .distributed import Distributed, ProcessLost, process_group, rank0_only, rank_and_size
+from .export_models import export
+from .files import CheckpointError, write_atomic
 from .interpret import Parser, checked_device
-from .learner import CSVLogger, Learner, TensorBoardCallback
+from .learner import Learner
 from .mixed_precision import ChannelsLast, Compile, MixedPrecision, native_dtype
 from .mixup import CutMix, LabelSmoothing, Mixup, OneOf
 from .optimizers import (AverageGrad, AverageSqrGrad, Stat, StatefulOptimizer, StepCount, adam_opt, debias, lamb, lars,
                             norm_bias_groups, sgd_mom_opt, sgd_opt, weight_decay)
 from .progress import ProgressCallback
+from .training_callbacks import CSVLogger, TensorBoardCallback
 from .transforms import BatchAugment, BatchCrop, RandomAffine, RandomColor, RandomFlip
 from .xresnet import MaxBlurPool, xresnet18, xresnet34, xresnet50, xse_resnext50
 
@@ -377,7 +380,7 @@ def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda
     if start == (0, 0): rank0_only((folder/'history.csv').unlink)(missing_ok=True)        # of epochs that no checkpoint knows of
     rank0_only(begin)()
     learn.fit(c['epochs'], start=start)
-    lost = rank0_only(_lost)(folder/'model.pt', learn.export)
+    lost = rank0_only(_lost)(folder/'model.pt', partial(export, learn))
     before = sum(r['time'] for r in stats.rows if r['epoch'] < start[0])                  # epochs of earlier sittings
     result = dict(accuracy=stats.rows[-1]['valid_accuracy'], seconds=before + time.perf_counter() - started, data=name, n_train=n_train, n_valid=n_valid, bs=bs,
                   rows=stats.rows, classes=data.classes, model=None if lost else str(folder/'model.pt'), processes=rank_and_size()[1], threads=torch.get_num_threads(),

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .callbacks import Callback
-from .checkpoints import register
 from .data_block import make_rgb, same_draws, show_images, step_name, to_byte_tensor
 
 # %% ../nbs/10_transforms.ipynb #23408715
@@ -222,9 +221,6 @@ class PilTiltRandomCrop(GeneralCrop):
         src = self.get_corners(*item.size, *(min(c/shrink, s) for c, s in zip((wc, hc), item.size)))
         m = homography((CORNERS + 1)/2*torch.tensor([W, H]), src)        # from the result to the picture: so Pillow wants it
         return item.transform(self.size, Image.Transform.PERSPECTIVE, m.flatten()[:8].tolist(), self.resample)
-
-# %% ../nbs/10_transforms.ipynb #be2a18ce
-for o in (GeneralCrop, CenterCrop, Resize, np_to_float): register(o)
 
 # %% ../nbs/10_transforms.ipynb #c771862c
 def affine_mats(rotate=0., zoom=1., shear=(0., 0.), translate=(0., 0.)):

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checkpoints import register
 from .convnets import Lambda, flatten, init_cnn
 
 # %% ../nbs/11_xresnet.ipynb #adcd42da
@@ -168,6 +167,4 @@ def xse_resnext50(c_in=3, c_out=1000, **options):
     return xresnet50(c_in, c_out, **{'groups': 32, 'width_per_group': 4, 'se': True, **options})
 
 # %% ../nbs/11_xresnet.ipynb #8b8d041a
-register(SqueezeExcite, ResBlock, MaxBlurPool, SelfAttention, XResNet)                   # so that a trained one can be exported (notebook 09d)
-
 PLAIN = dict(stem=(64,), stride_3x3=False, pool_shortcut=False, zero_gamma=False)        # the ResNet of 2015, as options of XResNet
