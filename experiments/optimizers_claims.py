@@ -22,10 +22,11 @@ from PIL import Image
 
 from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from exp.batchnorm import conv_layer
-from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, CudaCallback, DataBunch, Dataset, Runner, accuracy, get_dls
+from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CudaCallback, DataBunch, Dataset, Runner, accuracy, get_dls
 from exp.convnets import get_cnn_model, init_cnn, keep_freed_memory
 from exp.datasets import URLs, untar_data
-from exp.optimizers import Callback, LR_Find, adam_opt, l2_reg, lamb, lars, momentum_step, norm_bias_groups, sgd_mom_opt, StatefulOptimizer, AverageGrad
+from exp.lr_find import LR_Find
+from exp.optimizers import AverageGrad, StatefulOptimizer, adam_opt, l2_reg, lamb, lars, momentum_step, norm_bias_groups, sgd_mom_opt
 
 OUT = Path(__file__).with_suffix('.csv')
 FIELDS = ['claim', 'arm', 'seed', 'epoch', 'lr', 'train_loss', 'valid_loss', 'valid_accuracy', 'norm', 'effective_lr', 'seconds']

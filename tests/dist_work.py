@@ -22,7 +22,8 @@ from exp.checkpoints import Checkpoint
 from exp.data_block import ItemList, ItemLoader, LabeledData
 from exp.datasets import DataError
 from exp.distributed import Distributed, ProcessLost, process_group, rank0_only, rank_and_size, synchronised
-from exp.learner import CancelStepException, CSVLogger, EarlyStopping, GradientAccumulation, GradientClip, Learner, SaveBest
+from exp.learner import CancelStepException, Learner
+from exp.training_callbacks import CSVLogger, EarlyStopping, GradientAccumulation, GradientClip, SaveBest
 from exp.mixed_precision import MixedPrecision
 from exp.optimizers import adam_opt, sgd_mom_opt
 from exp.progress import ProgressCallback

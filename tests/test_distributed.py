@@ -122,7 +122,7 @@ def test_batch_norm_over_all_processes_is_that_of_the_whole_batch(two):
 
 def test_mixed_precision_stays_near(two):
     from exp.callbacks import DataBunch, Dataset, get_dls
-    from exp.learner import GradientAccumulation
+    from exp.training_callbacks import GradientAccumulation
     data = DataBunch(*get_dls(Dataset(*work.numbers(71, 0, torch.float32)), Dataset(*work.numbers(work.N_VALID, 1, torch.float32)), 16, seed=5))
     one = work.result(work.learner(data, work.net().float(), GradientAccumulation(2), dist=False).fit(2))
     first = work.net().float().state_dict()

@@ -21,11 +21,12 @@ from torch import nn
 from exp import interpret as I
 from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CudaCallback, DataBunch, Dataset, accuracy, get_dls
-from exp.checkpoints import load_learner, write_file
+from exp.files import write_file
 from exp.convnets import GeneralRelu, Lambda, flatten
 from exp.data_block import (ImageList, ItemLoader, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb,
                             parent_labeler, to_byte_tensor, to_float_tensor)
 from exp.interpret import IMAGENETTE_NAMES, Interpretation, cam, item_losses, overlay, readable, to_exported_program, to_onnx
+from exp.export_models import export, load_learner
 from exp.learner import Learner
 from exp.mixup import LabelSmoothing
 
@@ -68,7 +69,7 @@ def learn(folder): return learner(folder)
 
 
 @pytest.fixture(scope='module')
-def model(folder, learn, tmp_path_factory): return learn.export(tmp_path_factory.mktemp('model')/'m.pt')
+def model(folder, learn, tmp_path_factory): return export(learn, tmp_path_factory.mktemp('model')/'m.pt')
 
 
 def random_interp(n=400, c=7, seed=0, **kw):
@@ -563,7 +564,7 @@ def test_a_transform_that_fails_on_one_picture(tmp_path, folder, learn):
 def test_no_numbers_are_a_failure(folder, tmp_path, capsys):
     learn = learner(folder, 0)
     learn.model[-1].bias.data[1] = float('nan')
-    status, out, err = run_main(capsys, learn.export(tmp_path/'nan.pt'), folder/'val/zebra/0.png', '--json', tmp_path/'r.json')
+    status, out, err = run_main(capsys, export(learn, tmp_path/'nan.pt'), folder/'val/zebra/0.png', '--json', tmp_path/'r.json')
     assert status == 1 and not out and 'NaN' in err and json.loads((tmp_path/'r.json').read_text())['predictions'] == []
 
 
@@ -576,10 +577,10 @@ def test_several_labels_and_values(folder, tmp_path, capsys):
     a = Learner(net(4), many, F.binary_cross_entropy_with_logits, cbs=BatchTransformXCallback(NormalizeBytes([.4]*3, [.3]*3)))
     a.model[-1].weight.data.zero_(); a.model[-1].bias.data = torch.tensor([3., -3., -3., 2.])       # any, n01440764, n03028079, zebra
     f = folder/'val/zebra/0.png'
-    assert run_main(capsys, a.export(tmp_path/'a.pt'), f)[1] == f'{f}\tany\t{1/(1 + np.exp(-3)):.4f}\tzebra\t{1/(1 + np.exp(-2)):.4f}\n'
+    assert run_main(capsys, export(a, tmp_path/'a.pt'), f)[1] == f'{f}\tany\t{1/(1 + np.exp(-3)):.4f}\tzebra\t{1/(1 + np.exp(-2)):.4f}\n'
     b = Learner(net(1), one, F.mse_loss, cbs=BatchTransformXCallback(NormalizeBytes([.4]*3, [.3]*3)))
     b.model[-1].weight.data.zero_(); b.model[-1].bias.data.fill_(2.5)
-    assert run_main(capsys, b.export(tmp_path/'b.pt'), f)[1] == f'{f}\t2.5\n'
+    assert run_main(capsys, export(b, tmp_path/'b.pt'), f)[1] == f'{f}\t2.5\n'
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals and pipes of POSIX')

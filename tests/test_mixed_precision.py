@@ -12,11 +12,14 @@ from torch import nn
 import exp.mixed_precision as mp_module
 from exp.annealing import ParamScheduler
 from exp.callbacks import EVENTS, AvgStatsCallback, Callback, CancelBatchException, CancelFitException, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls
-from exp.checkpoints import Checkpoint, load_learner
-from exp.learner import GradientAccumulation, GradientClip, Learner, SaveBest, set_seed
+from exp.checkpoints import Checkpoint, load
+from exp.export_models import export, load_learner
+from exp.learner import Learner, set_seed
+from exp.training_callbacks import GradientAccumulation, GradientClip, SaveBest
 from exp.mixed_precision import ChannelsLast, Compile, MixedPrecision, cpu_bf16, native_dtype, no_autocast_because, no_compile_because
 from exp.mixup import Distillation, Mixup
-from exp.optimizers import TorchOptimizer, adam_opt, lamb, sgd_mom_opt, sgd_opt
+from exp.optimizers import adam_opt, lamb, sgd_mom_opt, sgd_opt
+from exp.torch_bridge import TorchOptimizer
 
 G = torch.Generator().manual_seed(0)
 X, Y = torch.randn(140, 3, 8, 8, generator=G), torch.randint(0, 4, (140,), generator=G)
@@ -315,7 +318,7 @@ def test_looks_predictions_and_exports_are_in_float32(tmp_path):
     assert learn.get_preds()[0].equal(want)
     assert math.isclose(learn.validate()['loss'], F.cross_entropy(want, Y[100:]).item(), rel_tol=1e-5)
     learn.lr_find(max_iter=6)
-    learn.export(tmp_path/'e.pt')
+    export(learn, tmp_path/'e.pt')
     assert load_learner(tmp_path/'e.pt').get_preds(toy().valid_dl)[0].equal(want)
 
 
@@ -432,7 +435,7 @@ def test_compiled_fits_resume_and_their_checkpoints_open_without_compiling(tmp_p
     whole = run()
     run(Kill())
     newest = max(tmp_path.glob('*.pt'))
-    learner().load(newest)                                               # an uncompiled model takes it as it is
+    load(learner(), newest)                                               # an uncompiled model takes it as it is
     assert torch.allclose(weights(run(start=True).model), weights(whole.model), atol=1e-6)
 
 

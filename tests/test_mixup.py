@@ -15,7 +15,9 @@ from torch import nn
 from exp.callbacks import (EVENTS, AvgStatsCallback, BatchTransformXCallback, Callback, CancelBatchException, CancelFitException, DataBunch, Dataset,
                            Runner, accuracy, get_dls)
 from exp.checkpoints import Checkpoint
-from exp.learner import GradientAccumulation, GradientClip, Learner, set_seed
+from exp.export_models import export
+from exp.learner import Learner, set_seed
+from exp.training_callbacks import GradientAccumulation, GradientClip
 from exp.mixup import (CutMix, Distillation, LabelSmoothing, MixLoss, Mixup, OneOf, distill_loss, draw_boxes, draw_shares, item_losses, noisy_labels,
                        show_mixed)
 from exp.optimizers import adam_opt, sgd_mom_opt, sgd_opt
@@ -271,7 +273,7 @@ def test_looks_see_plain_batches_and_exports_carry_no_mixing(tmp_path):
     assert math.isclose(learn.validate()['loss'], F.cross_entropy(learn.model.eval()(X[100:]), Y[100:]).item(), rel_tol=1e-5)
     assert learn.get_preds(learn.data.train_dl)[1].shape == (99,)
     learn.lr_find(max_iter=12)
-    learn.export(tmp_path/'e.pt')
+    export(learn, tmp_path/'e.pt')
     learn.fit(1)
     assert learn.loss_func is F.cross_entropy
 

@@ -18,6 +18,7 @@ from PIL import Image
 from exp import train_imagenette as T
 from exp.callbacks import Callback, DataBunch, Dataset, accuracy, get_dls
 from exp.datasets import DataError
+from exp.export_models import export
 from exp.learner import Learner
 from exp.mixup import Mixer
 
@@ -381,7 +382,7 @@ def test_ema_is_the_average_of_all_steps_and_what_is_validated():
 
 
 def test_ema_and_savebest_keep_what_was_validated():
-    from exp.learner import SaveBest
+    from exp.training_callbacks import SaveBest
     class Spy(Callback):
         _order = 5
         def __init__(self): self.seen = []
@@ -452,9 +453,9 @@ def test_leaderboard_net_exports_and_loads_back(tmp_path):
     "Mish, self-attention and blurred pooling travel as plain data, into a process that has imported no more than the loading."
     net = T.ARCHS['leaderboard'](3, 3, width=.125)
     learn = Learner(net, tiny(), F.cross_entropy)
-    learn.export(tmp_path/'m.pt', cbs=[])
+    export(learn, tmp_path/'m.pt', cbs=[])
     x = torch.randn(2, 3, 32, 32)
-    code = ("import sys, torch; from exp.checkpoints import load_learner\n"
+    code = ("import sys, torch; from exp.export_models import load_learner\n"
             "torch.save(load_learner(sys.argv[1]).model(torch.load(sys.argv[2])), sys.argv[3])")
     torch.save(x, tmp_path/'x.pt')
     subprocess.run([sys.executable, '-c', code, tmp_path/'m.pt', tmp_path/'x.pt', tmp_path/'y.pt'], cwd=ROOT, check=True, timeout=400)

@@ -17,10 +17,12 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, Runner, accuracy
-from exp.checkpoints import Checkpoint, CheckpointError, load_learner, pack
+from exp.checkpoints import Checkpoint
+from exp.files import CheckpointError
 from exp.convnets import Lambda, flatten
 from exp.data_block import (CategoryProcessor, ImageList, ItemLoader, LabeledData, NormalizeBytes, SplitData, grandparent_splitter, label_by_func,
                             make_rgb, parent_labeler, to_byte_tensor, to_float_tensor)
+from exp.export_models import export, load_learner, pack
 from exp.learner import Learner
 from exp.optimizers import sgd_mom_opt
 from exp.transforms import (Augment, BatchAugment, BatchCrop, CenterCrop, Draw, GeneralCrop, PilRandomDihedral, PilRandomFlip, PilRandomRotate, PilTiltRandomCrop, RandomAffine,
@@ -458,10 +460,10 @@ def test_validation_gets_none_and_looking_leaves_no_trace(tmp_path):
     assert aug.generator.get_state().equal(state)
     learn.fit(1)
     assert not aug.generator.get_state().equal(state)
-    path = learn.export(tmp_path/'e.pt', cbs=[learn.cb(BatchTransformXCallback)])
+    path = export(learn, tmp_path/'e.pt', cbs=[learn.cb(BatchTransformXCallback)])
     assert load_learner(path).data.source.valid.x.tfms[1].size == (16, 16)
     learn.remove_cbs(look)
-    learn.export(tmp_path/'f.pt')                                                        # it shapes no batch at prediction, so exports leave it out
+    export(learn, tmp_path/'f.pt')                                                        # it shapes no batch at prediction, so exports leave it out
     with pytest.raises(CheckpointError, match='RandomResizedCrop'): pack(RandomResizedCrop(8))
 
 
