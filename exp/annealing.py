@@ -6,22 +6,24 @@
 __all__ = ['Schedule', 'annealer', 'sched_lin', 'sched_cos', 'sched_no', 'sched_exp', 'combine_scheds', 'cos_1cycle_anneal',
            'ParamScheduler']
 
-# %% ../nbs/05_annealing.ipynb #aba6613b
+# %% ../nbs/05_annealing.ipynb #1cd374e8
 import bisect, math
+from typing import Callable
 
 from .callbacks import Callback, get_hypers
 
-# %% ../nbs/05_annealing.ipynb #33d2f971
+# %% ../nbs/05_annealing.ipynb #58380c01
 class Schedule:
     "What the annealer `make` gives for two ends: a function of `pos` in 0–1."
     def __init__(self, make, start, end): self.make, self.start, self.end = make, start, end
     def __call__(self, pos): return self.make.shape(self.start, self.end, pos)
     def __repr__(self): return f'{self.make.__name__}({self.start}, {self.end})'
 
-def annealer(shape):
+def annealer(shape: Callable[[float, float, float], float]) -> Callable[[float, float], Schedule]:
     "Turns `shape(start, end, pos)` into `make(start, end)`, which gives a function of `pos` (0–1)."
     def make(start, end): return Schedule(make, start, end)
-    for k in ('__module__', '__name__', '__qualname__', '__doc__'): setattr(make, k, getattr(shape, k))
+    for k in ('__module__', '__name__', '__qualname__', '__doc__'):
+        setattr(make, k, getattr(shape, k))
     make.shape = shape
     return make
 
@@ -47,9 +49,9 @@ def sched_exp(start, end, pos):
     "Geometric: equal ratios in equal times. Both ends must have one sign."
     return start*(end/start)**pos
 
-# %% ../nbs/05_annealing.ipynb #0e368e24
+# %% ../nbs/05_annealing.ipynb #2e7c9ff6
 class combine_scheds:
-    "Plays `scheds` in turn, each for its share in `pcts`. Raises `ValueError` if these do not add up to 1."
+    "Plays `scheds` in turn, each for its share in `pcts`. `ValueError`: these do not add up to 1."
     def __init__(self, pcts, scheds):
         if len(pcts) != len(scheds):
             raise ValueError(f'{len(pcts)} shares for {len(scheds)} schedules')
@@ -69,10 +71,10 @@ def cos_1cycle_anneal(start, high, end):
     "The two cosine pieces of one cycle, `start` → `high` → `end`, for `combine_scheds`."
     return [sched_cos(start, high), sched_cos(high, end)]
 
-# %% ../nbs/05_annealing.ipynb #cb650c6e
+# %% ../nbs/05_annealing.ipynb #d928fbf6
 class ParamScheduler(Callback):
     """Sets the optimizer's hyper-parameter `pname` before each training batch to `sched(progress)`,
-    for the time of a fit. A list gives one schedule per group. Raises `ValueError` for an unknown name."""
+    for the time of a fit. A list: one schedule a group. Raises `ValueError` for an unknown name."""
     _order = 1
     def __init__(self, pname, sched): self.pname, self.sched, self.before = pname, sched, []
 

@@ -7,10 +7,11 @@ __all__ = ['FIT_ONLY', 'CancelStepException', 'one_group', 'spread_lrs', 'split_
            'left_out', 'fit_only', 'sum_over_processes', 'summed', 'Learner', 'get_learner', 'LR_Find', 'in_order',
            'set_seed']
 
-# %% ../nbs/09b_learner.ipynb #e0c5d158
+# %% ../nbs/09b_learner.ipynb #6014e0d6
 import itertools
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def join_batches(parts):
     if isinstance(first, (tuple, list)): return type(first)(map(join_batches, zip(*parts)))
     raise TypeError(f'predictions that hold a {type(first).__name__}: tensors are wanted')
 
-# %% ../nbs/09b_learner.ipynb #9902d5e2
+# %% ../nbs/09b_learner.ipynb #f5b135d4
 _BY_CLASS = F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss
 _OF_LOGITS = F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss
 _BY_PAIR = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy,
@@ -93,6 +94,7 @@ class Explain(Callback):
     def misfit(self, learn):
         pred, yb, loss, f, why = learn.pred, learn.yb, learn.loss, learn.loss_func, None
         if not torch.is_tensor(pred) or not torch.is_tensor(yb): return None
+        if not yb.numel() and learn.error is None: return None          # a look without targets
         if compares(f, _BY_PAIR) and pred.shape != yb.shape: why = 'one shape is wanted for both'
         if compares(f, _BY_CLASS): why = _class_misfit(pred, yb, f)
         if torch.is_tensor(loss) and loss.numel() != 1: why = 'the loss is no single number'
@@ -125,14 +127,15 @@ def summed(stats):
     totals, count = sum_over_processes(stats.totals.double(), count)
     return totals, count.item()
 
-# %% ../nbs/09b_learner.ipynb #4c9c2ff3
+# %% ../nbs/09b_learner.ipynb #bee2c059
 class Learner:
     """A model, its data, a loss, and the recipe for an optimizer: all that training needs.
 
     `opt_func(params, lr=…)`: ours or torch's. `splitter(model)`: lists of parameters, one a group.
     `cbs`: callbacks; `cb_funcs`: functions that make them, so that a list can serve several."""
-    def __init__(self, model, data, loss_func, opt_func=sgd_opt, lr=1e-2, splitter=one_group,
-                 cbs=None, cb_funcs=None):
+    opt: Any; xb: Any; yb: Any; pred: Any; loss: Any        # whatever fits together
+    def __init__(self, model, data, loss_func, opt_func: Callable = sgd_opt, lr: Any = 1e-2,
+                 splitter=one_group, cbs=None, cb_funcs=None):
         self.model, self.data, self.loss_func = model, data, loss_func
         self.opt_func, self.lr, self.splitter = opt_func, lr, splitter
         self.opt, self.logger, self.cbs, self.start, self.error = None, print, [], (0, 0), None
@@ -335,9 +338,9 @@ class Learner:
         value = compares(self.loss_func, _BY_PAIR) or pred.numel() == 1
         return (pred.squeeze().tolist(), pred) if value else (pred.argmax().item(), pred.softmax(0))
 
-# %% ../nbs/09b_learner.ipynb #65974165
-def get_learner(nfs, data, lr, layer, loss_func=F.cross_entropy, cb_funcs=None, opt_func=sgd_opt,
-                cbs=None, splitter=one_group, **kwargs) -> Learner:
+# %% ../nbs/09b_learner.ipynb #c6530a34
+def get_learner(nfs, data, lr, layer, loss_func: Callable = F.cross_entropy, cb_funcs=None,
+                opt_func: Callable = sgd_opt, cbs=None, splitter=one_group, **kwargs) -> Learner:
     "A `Learner` on the lesson's CNN: channels `nfs`, layers `layer(ni, nf, ks, stride=…, **kw)`."
     model = init_cnn(get_cnn_model(data, nfs, layer, **kwargs))
     return Learner(model, data, loss_func, opt_func, lr, splitter, cbs, cb_funcs)

@@ -143,7 +143,7 @@ def test_label_smoothing_equals_torchs(n, eps, ignore, reduction, pixels):
 def test_label_smoothing_says_what_is_wrong():
     with pytest.raises(ValueError, match='1.5'): LabelSmoothing(1.5)
     with pytest.raises(ValueError, match='avg'): LabelSmoothing(.1, 'avg')
-    with pytest.raises(ValueError, match='labels go from 0 to 3; .* the first is 7'): learner(loss=LabelSmoothing(), data=toy(y=Y.where(Y != 2, 7))).fit(1)
+    with pytest.raises(ValueError, match='4 outputs.* 7'): learner(loss=LabelSmoothing(), data=toy(y=Y.where(Y != 2, 7))).fit(1)
 
 
 # drawing and mixing
@@ -506,7 +506,7 @@ def test_a_loss_that_is_neither_mean_nor_sum_of_its_items_is_refused():
     w, pred = torch.tensor([.2, 1., 3., .5]), torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
     def weighted(pred, yb): return F.cross_entropy(pred, yb, weight=w)
     with pytest.raises(ValueError, match='neither the mean nor the sum'): item_losses(weighted, pred, Y[:7])
-    with pytest.raises(ValueError, match='training batch 0.*neither the mean nor the sum'): learner(loss=weighted).fit(1, Mixup())
+    with pytest.raises(ValueError, match='neither the mean nor the sum'): learner(loss=weighted).fit(1, Mixup())
     diverged = pred.clone(); diverged[3, 1] = math.nan                   # no loss is refused for a network that has gone wrong
     assert MixLoss(total)(diverged, Y[:7]).isnan() and item_losses(total, diverged, Y[:7])[0].isnan().any()
 
