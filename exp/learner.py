@@ -61,7 +61,7 @@ def join_batches(parts):
     if isinstance(first, (tuple, list)): return type(first)(map(join_batches, zip(*parts)))
     raise TypeError(f'predictions that hold a {type(first).__name__}: tensors are wanted')
 
-# %% ../nbs/09b_learner.ipynb #f5b135d4
+# %% ../nbs/09b_learner.ipynb #96a63887
 _BY_CLASS = F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss
 _OF_LOGITS = F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss
 _BY_PAIR = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy,
@@ -93,8 +93,8 @@ class Explain(Callback):
 
     def misfit(self, learn):
         pred, yb, loss, f, why = learn.pred, learn.yb, learn.loss, learn.loss_func, None
-        if not torch.is_tensor(pred) or not torch.is_tensor(yb): return None
-        if not yb.numel() and learn.error is None: return None          # a look without targets
+        known = torch.is_tensor(pred) and torch.is_tensor(yb) and yb.numel()
+        if not known: return None                                       # or a look without targets
         if compares(f, _BY_PAIR) and pred.shape != yb.shape: why = 'one shape is wanted for both'
         if compares(f, _BY_CLASS): why = _class_misfit(pred, yb, f)
         if torch.is_tensor(loss) and loss.numel() != 1: why = 'the loss is no single number'
