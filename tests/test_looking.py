@@ -285,3 +285,14 @@ def test_results_without_a_data_block(monkeypatch):
     learn = Learner(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), DataBunch(*get_dls(Dataset(x, y), Dataset(x, y), 5), 3, 3), F.cross_entropy)
     for n in (8, 50): show_results(learn, n)
     assert [len(xs) for xs, _, _ in out] == [8, 10] and all(t.split('\n')[0] in '012' for _, titles, _ in out for t in titles)
+
+
+def test_results_of_items_that_draw(monkeypatch):
+    class Pictures(Noisy):
+        def __getitem__(self, i): return torch.rand(3, 4, 4, generator=self.g) + torch.rand(1) + float(self.n.random()), Y[i]
+    shown(monkeypatch)
+    dl = DataLoader(Pictures(), 16)
+    learn = Learner(nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), DataBunch(dl, dl), F.cross_entropy)
+    was = dl.dataset.g.get_state(), dl.dataset.n.bit_generator.state, torch.get_rng_state()
+    show_results(learn)
+    assert dl.dataset.g.get_state().equal(was[0]) and dl.dataset.n.bit_generator.state == was[1] and torch.get_rng_state().equal(was[2])

@@ -204,10 +204,12 @@ def test_the_best_weights_are_in_the_model_and_in_the_file(values, bigger, best,
 
 def test_a_second_fit_begins_anew():
     stop, best = EarlyStopping('valid_Dictated', patience=2), SaveBest('valid_Dictated')
-    learn = learner(stats := table(Dictated([9., 8, 7, 1, 2, 1])), kept := Kept(), stop, best).fit(3)
+    learn = learner(stats := table(Dictated([9., 8, 7, NAN, 2, 1, NAN, NAN])), kept := Kept(), stop, best).fit(3)
     assert best.best == 9 and len(stats.rows) == 3
     learn.fit(3)
     assert best.best == stop.best == 2 and best.best_epoch == 1 and len(stats.rows) == 6 and flat(learn.model).equal(kept.all[4])
+    with pytest.warns(UserWarning): learn.fit(2)
+    assert best.weights is best.best is None and flat(learn.model).equal(kept.all[7])
 
 
 class At(Callback):
