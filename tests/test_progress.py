@@ -55,7 +55,7 @@ sys.meta_path.insert(0, Block())
 
 def env(**kw):
     kw = {'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]), 'OMP_NUM_THREADS': '1', 'PYTHONIOENCODING': 'utf-8', **kw}
-    return {**{k: v for k, v in os.environ.items() if k != 'EXP_NO_BAR'}, **kw}
+    return {**{k: v for k, v in os.environ.items() if k not in ('EXP_NO_BAR', 'PYTHONUNBUFFERED')}, **kw}
 
 
 def toy(bs=10, n=100):
@@ -185,7 +185,7 @@ def test_other_ends(capsys, show):
     class Early:
         _order = -100
         def begin_fit(self, run): raise OSError
-    with pytest.raises(OSError): learner(ProgressCallback(show), Early()).fit(1)       # not an error about the bar
+    with pytest.raises(OSError): learner(ProgressCallback(show), Early(), loop=Runner).fit(1)       # not an error about the bar
 
 
 def test_lines_of_others_are_whole_in_a_terminal(capsys):
@@ -200,6 +200,8 @@ def test_lines_of_others_are_whole_in_a_terminal(capsys):
 def test_a_log_without_a_table_has_a_line_per_epoch(capsys):
     learner(ProgressCallback('lines'), stats=False).fit(3)
     assert [re.findall(r'\d+', l) for l in seen(capsys.readouterr().out)] == [[i, '3'] for i in '123']
+    learner(ProgressCallback('terminal'), stats=False).fit(3)
+    assert seen(capsys.readouterr().out) == []                                       # the bar is gone
 
 
 def test_it_is_not_at_work_in_looks(capsys):
@@ -224,9 +226,9 @@ def test_it_draws_by_the_clock(monkeypatch, capsys, seconds, want):
 
 
 def test_a_fit_that_goes_on_in_the_middle(capsys):
-    learner(ProgressCallback('terminal', every=0)).fit(4, start=(2, 6))
-    drawn = re.findall(r'Epoch (\d)/4 : \|[^[]*\[(\d+)/10', capsys.readouterr().out)
-    assert drawn == [('3', '0'), *(('3', str(i)) for i in range(7, 11)), *(('4', str(i)) for i in range(11))]
+    learner(ProgressCallback('terminal', every=0)).fit(9, start=(7, 6))
+    drawn = re.findall(r'Epoch (\d)/9 : \|[^[]*\[(\d+)/10', capsys.readouterr().out)
+    assert drawn == [('8', '0'), *(('8', str(i)) for i in range(7, 11)), *(('9', str(i)) for i in range(11))]
 
 
 @pytest.mark.filterwarnings('error')
