@@ -75,27 +75,28 @@ def learner(n=2000):
 def progress(n=1000):
     "An epoch of `n` batches of 2 ms: no bar, a bar on a terminal, and one for a notebook (every page built, none sent)."
     import time
-    from exp.callbacks import DataBunch
+    from unittest import mock
+
+    from exp.callbacks import AvgStatsCallback, DataBunch
     from exp.learner import Learner
-    from exp.progress import HtmlScreen, ProgressCallback, TerminalScreen
+    from exp.progress import ProgressCallback
     class TwoMilliseconds(nn.Linear):
         def forward(self, x):
             end = time.perf_counter() + .002
             y = super().forward(x)
             while time.perf_counter() < end: pass
             return y
-    class Unsent(HtmlScreen):
-        def show(self, data): pass
-    class OnTerminal(TerminalScreen):
-        def __init__(self, logger): super().__init__(logger, io.StringIO())
-    class Progress(ProgressCallback):
-        def __init__(self, screen, **kw): super().__init__(**kw); self.make = screen
-        def get_screen(self, run): return self.make(run.logger)
+    class Page:
+        "In the place of IPython's output: formats what is shown as that does, and keeps it."
+        def update(self, page): self.shown = page._repr_html_()
+    def unsent(page, **kwargs): return Page()
     dl = batches(n, 8)
     def run(*cbs):
-        learn = Learner(TwoMilliseconds(10, 10), DataBunch(dl, None), F.cross_entropy, torch.optim.SGD, lr=.1, cbs=list(cbs))
-        return lambda: learn.fit(1)
-    return {'no bar': run(), 'terminal bar': run(Progress(OnTerminal)), 'notebook bar': run(Progress(Unsent)), 'notebook bar and curve': run(Progress(Unsent, plot=True))}
+        learn = Learner(TwoMilliseconds(10, 10), DataBunch(dl, None), F.cross_entropy, torch.optim.SGD, lr=.1, cbs=[AvgStatsCallback(), *cbs])
+        def fit():
+            with contextlib.redirect_stdout(io.StringIO()), mock.patch('IPython.display.display', unsent): learn.fit(1)
+        return fit
+    return {'no bar': run(), 'terminal bar': run(ProgressCallback('terminal')), 'notebook bar': run(ProgressCallback('html'))}
 
 
 BENCHMARKS = {'learner': learner, 'progress': progress}
