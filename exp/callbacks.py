@@ -232,7 +232,7 @@ def column_names(metrics):
         names.append(next(n for n in same if n not in names))
     return names
 
-# %% ../nbs/04_callbacks.ipynb #57f32034
+# %% ../nbs/04_callbacks.ipynb #73c62c98
 def _dash():
     try: '–'.encode(getattr(sys.stdout, 'encoding', None) or 'utf-8')
     except UnicodeEncodeError: return '-'                       # an old terminal, which would end the training here
@@ -240,14 +240,14 @@ def _dash():
 
 def metric_state(m):
     "What the metric `m`, an object, has gathered: by its `metric_state` (torchmetrics), else its attributes."
-    return copy.copy(getattr(m, 'metric_state', None) or vars(m))
+    return copy.deepcopy(getattr(m, 'metric_state', None) or vars(m))
 
 def load_metric_state(m, state):
     "The way back."
-    for k, v in state.items(): setattr(m, k, v)
+    for k, v in copy.deepcopy(state).items(): setattr(m, k, v)
     if hasattr(m, '_update_count'): m._update_count, m._computed = 1, None     # torchmetrics: it has been updated, not computed
 
-# %% ../nbs/04_callbacks.ipynb #9def53bc
+# %% ../nbs/04_callbacks.ipynb #4ac8a737
 NO_PASS = float('nan')                              # in the row of a pass that did not take place; to be known by `is`
 
 class AvgStatsCallback(Callback):
@@ -286,7 +286,7 @@ class AvgStatsCallback(Callback):
     def state_dict(self):
         "Columns and rows so far, and of the epoch under way counts, sums and what metrics that are objects have gathered."
         stats = {t: [s.count, s.totals, [metric_state(m) for m in s.objects]] for t, s in self.stats.items()}
-        return {'heads': self.heads, 'rows': self.rows, 'stats': stats}
+        return {'heads': self.heads, 'rows': [*self.rows], 'stats': stats}
 
     def load_state_dict(self, sd):
         "Raises `ValueError` where the columns were others."
