@@ -240,11 +240,11 @@ def _dash():
 
 def metric_state(m):
     "What the metric `m`, an object, has gathered: by its `metric_state` (torchmetrics), else its attributes."
-    return copy.copy(getattr(m, 'metric_state', None) or vars(m))
+    return copy.deepcopy(getattr(m, 'metric_state', None) or vars(m))
 
 def load_metric_state(m, state):
     "The way back."
-    for k, v in state.items(): setattr(m, k, v)
+    for k, v in copy.deepcopy(state).items(): setattr(m, k, v)
     if hasattr(m, '_update_count'): m._update_count, m._computed = 1, None     # torchmetrics: it has been updated, not computed
 
 # %% ../nbs/04_callbacks.ipynb #4ac8a737
@@ -286,7 +286,7 @@ class AvgStatsCallback(Callback):
     def state_dict(self):
         "Columns and rows so far, and of the epoch under way counts, sums and what metrics that are objects have gathered."
         stats = {t: [s.count, s.totals, [metric_state(m) for m in s.objects]] for t, s in self.stats.items()}
-        return {'heads': self.heads, 'rows': self.rows, 'stats': stats}
+        return {'heads': self.heads, 'rows': [*self.rows], 'stats': stats}
 
     def load_state_dict(self, sd):
         "Raises `ValueError` where the columns were others."

@@ -8,8 +8,8 @@ __all__ = ['FIT_ONLY', 'CancelStepException', 'one_group', 'spread_lrs', 'split_
            'set_seed']
 
 # %% ../nbs/09b_learner.ipynb #6014e0d6
-import itertools
-from contextlib import ExitStack, contextmanager
+import copy, itertools
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any, Callable
 
@@ -58,7 +58,8 @@ def join_batches(parts):
     first = parts[0]
     if torch.is_tensor(first): return torch.cat([p.cpu() for p in parts])
     if isinstance(first, dict): return {k: join_batches([p[k] for p in parts]) for k in first}
-    if isinstance(first, (tuple, list)): return type(first)(map(join_batches, zip(*parts)))
+    if isinstance(first, (tuple, list)):
+        return getattr(first, '_make', type(first))(map(join_batches, zip(*parts)))
     raise TypeError(f'predictions that hold a {type(first).__name__}: tensors are wanted')
 
 # %% ../nbs/09b_learner.ipynb #96a63887
@@ -73,7 +74,7 @@ def compares(loss_func, kinds) -> bool:
     return f in kinds or type(f) in kinds
 
 def _class_misfit(pred, yb, f):
-    if pred.dim() < 2 or len(pred) != len(yb): return 'a row of scores is wanted for each target'
+    if pred.dim() < 2 or pred.shape[:1] != yb.shape[:1]: return 'each target wants a row of scores'
     if pred.shape == yb.shape: return None                                  # soft labels
     if yb.is_floating_point(): return 'class indices are wanted, int64'
     ignored = getattr(f, 'keywords', {}).get('ignore_index', getattr(f, 'ignore_index', -100))
@@ -82,6 +83,7 @@ def _class_misfit(pred, yb, f):
 
 class Explain(Callback):
     "Says what does not fit between predictions, targets and loss. Raises `ValueError`."
+    first = True
     def begin_fit(self, learn): self.first = True
     def after_pred(self, learn):
         if self.first and (why := self.misfit(learn)): raise ValueError(why)
@@ -242,6 +244,7 @@ class Learner:
     def this_fit(self, cbs=None):
         "`cbs` listen; an exception is announced; at the end all is put back."
         before = {k: getattr(self, k) for k in ('cbs', 'model', 'data', 'loss_func', 'logger')}
+        self.pred = None                                    # no matter of this fit
         try:
             self.add_cbs(cbs)
             try: yield
@@ -283,18 +286,20 @@ class Learner:
 
     @contextmanager
     def looking(self, cbs=None, weights: bool = False):
-        "`untouched`, and without the callbacks that only report or schedule."
+        """`untouched`, and without the callbacks that only report or schedule.
+
+        `weights=True`: for a `fit` inside, which announces its own beginning and end."""
         with self.untouched(weights):
             self.cbs, self.logger = [cb for cb in self.cbs if not fit_only(cb)], lambda *args: None
-            self.add_cbs([])
+            self.add_cbs(cbs)
             no_opt = SimpleNamespace(state={}, hypers=[], param_groups=[], zero_grad=lambda: None)
             self.opt = self.opt or no_opt
-            with self.this_fit(cbs): yield self
+            with nullcontext() if weights else self.this_fit(): yield self
 
     def lr_find(self, min_lr=1e-6, max_lr=10., max_iter: int = 100) -> LR_Find:
         "Try rates on `max_iter` training batches, with a new optimizer: an `LR_Find` to `plot()`."
-        finder, epochs = LR_Find(max_iter, min_lr, max_lr), -(-max_iter//len(self.data.train_dl))
-        with self.looking(weights=True): self.fit(epochs, finder, reset_opt=True)
+        finder = LR_Find(max_iter, min_lr, max_lr)                  # it ends the fit itself
+        with self.looking(weights=True): self.fit(max_iter, finder, reset_opt=True)
         return finder
 
     def look(self, dl, f):
@@ -307,8 +312,8 @@ class Learner:
 
     def validate(self, dl=None, metrics=None) -> dict:
         "Loss and metrics on `dl` (default: the validation set), each item counted once."
-        tables = [cb for cb in self.cbs if isinstance(cb, AvgStatsCallback)]
-        if metrics is None: metrics = tables[0].stats[False].metrics if tables else []
+        tables = [cb.stats[False].metrics for cb in self.cbs if isinstance(cb, AvgStatsCallback)]
+        if metrics is None: metrics = copy.deepcopy(tables[0]) if tables else []
         stats = AvgStats(listify(metrics), False)
         self.look(dl, stats.accumulate)
         if not stats.count: raise ValueError('there was no batch to validate on')

@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import (DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset,
                               WeightedRandomSampler)
 
-from .callbacks import Callback, CancelEpochException, CancelFitException, get_hypers
+from .callbacks import (Callback, CancelEpochException, CancelFitException, get_hypers,
+                           over_the_whole)
 
 # %% ../nbs/05a_lr_find.ipynb #7f52a35e
 class LR_Find(Callback):
@@ -161,12 +162,15 @@ def in_order(dl):
     "`dl` with each item once, in the data's own order: its `each_once()`, or a new loader."
     if hasattr(dl, 'each_once'): return dl.each_once()
     if not isinstance(dl, DataLoader) or isinstance(dl.dataset, IterableDataset): return dl
-    s = getattr(dl.batch_sampler, 'sampler', dl.batch_sampler or dl.sampler)
-    if isinstance(s, SequentialSampler) and not dl.drop_last: return dl
+    batches = dl.batch_sampler                              # None: the items are batches
+    bs = None if batches is None else getattr(batches, 'batch_size', 64)
+    s = getattr(batches, 'sampler', batches or dl.sampler)
+    whole = not getattr(batches, 'drop_last', False)
+    if isinstance(s, SequentialSampler) and whole: return dl
     ds = dl.dataset
     if not isinstance(s, (SequentialSampler, RandomSampler, WeightedRandomSampler)):
         ds = Subset(ds, sorted({int(i) for i in np.concatenate([np.ravel(i) for i in s])}))
-    return DataLoader(ds, dl.batch_size or 64, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
+    return DataLoader(ds, bs, collate_fn=dl.collate_fn, num_workers=dl.num_workers)
 
 # %% ../nbs/05a_lr_find.ipynb #acd91e1d
 @torch.no_grad()
@@ -179,7 +183,7 @@ def _refill(o, old):
 
 def _insides(o, tensors, seen):
     "Functions that put back `o`, a tensor, a list or a dictionary, and all that is in it."
-    if hasattr(o, 'accumulate'): o = vars(o)                                  # an AvgStats
+    if hasattr(o, 'accumulate') or over_the_whole(o): o = vars(o)             # AvgStats, metrics
     if id(o) in seen: return
     seen[id(o)] = o
     if torch.is_tensor(o) and tensors and o.is_leaf and 0 not in o.stride():

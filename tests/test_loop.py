@@ -1,5 +1,6 @@
 """The training loop, schedules, hooks and norms of 04–07, beside torch's own and under faults."""
 import copy
+import io
 import pickle
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from exp.annealing import ParamScheduler, annealer, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
 from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
-from exp.callbacks import (AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
+from exp.callbacks import (EVENTS, NO_PASS, AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
                            CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, get_dls, get_hypers)
 from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, get_runner, init_cnn, plot_hists, plot_stats
 
@@ -81,7 +82,13 @@ def test_order_of_callbacks_is_order_then_as_listed():
     assert calls == ['a', 'b', 'b2', 'c']
 
 
-@pytest.mark.parametrize('wrong, right', [('after_bacth', 'after_batch'), ('begin_epcoh', 'begin_epoch'), ('before_fit', 'begin_fit')])
+def test_an_event_has_its_name_in_the_table_and_a_runner_announces_no_other():
+    log = Log('after_loss', ZeroDivisionError)
+    with pytest.raises(ZeroDivisionError): runner(log).fit(1)
+    assert {*log.seen} < {*EVENTS} and 'after_error' in EVENTS and 'after_error' not in log.seen          # that one is the Learner's
+
+
+@pytest.mark.parametrize('wrong, right', [('after_bacth', 'after_batch'), ('begin_epcoh', 'begin_epoch'), ('before_fit', 'begin_fit'), ('after_eror', 'after_error')])
 def test_a_misspelt_event_is_found_at_once(wrong, right):
     with pytest.raises(AttributeError, match=f'{wrong} is no event: did you mean {right}'): runner(type('C', (), {wrong: lambda self, run: None})())
 
@@ -176,15 +183,24 @@ def test_a_user_schedule_of_a_known_name_changes_nobody_elses():
     assert before(.5) == .5 and sched_exp(1, 100)(.5) == pytest.approx(10)
 
 
-def test_scheduler_sets_each_group_and_finds_mistakes():
-    run = runner()
-    run.opt = torch.optim.SGD([{'params': [run.model.weight]}, {'params': [run.model.bias]}], lr=.1)
-    run.cbs = [ParamScheduler('lr', [sched_lin(0, 1), sched_lin(1, 0)]), rec := Recorder()]
-    run.fit(1)
-    a, b = (g['lr'] for g in get_hypers(run.opt))
-    assert abs(a + b - 1) < 1e-9 and rec.hypers['lr'] == [1, .75, .5, .25]
-    with pytest.raises(ValueError, match="no 'momentun'.*momentum"): runner(ParamScheduler('momentun', sched_lin(0, 1))).fit(1)
-    with pytest.raises(ValueError, match='2 schedules for 1'): runner(ParamScheduler('lr', [sched_lin(0, 1)]*2)).fit(1)
+@pytest.mark.parametrize('error', [None, CancelFitException, CancelEpochException, ZeroDivisionError, KeyboardInterrupt])
+def test_scheduler_sets_each_group_and_puts_back_what_it_found(error):
+    run, seen = runner(), []
+    run.opt = torch.optim.SGD([{'params': [run.model.weight], 'lr': 3.}, {'params': [run.model.bias], 'lr': 5.}], lr=.1)
+    class Sees:
+        def after_batch(self, run):
+            if run.in_train: seen.append([h['lr'] for h in get_hypers(run.opt)])
+    sched = ParamScheduler('lr', [sched_lin(0, 1), sched_lin(1, 0)])
+    for _ in range(2):                                               # the second fit begins from what the first put back
+        run.cbs, seen[:] = [sched, Sees(), *([Log('after_step', error, 3)] if error else [])], []
+        try: run.fit(1)
+        except (ZeroDivisionError, KeyboardInterrupt): assert error in (ZeroDivisionError, KeyboardInterrupt)
+        assert seen == [[0, 1], [.25, .75], [.5, .5], [.75, .25]][:2 if error else 4] and [g['lr'] for g in run.opt.param_groups] == [3., 5.]
+
+
+def test_schedules_that_do_not_fit():
+    with pytest.raises(ValueError, match="'momentun'.*momentum"): runner(ParamScheduler('momentun', sched_lin(0, 1))).fit(1)
+    with pytest.raises(ValueError, match='2 .* 1'): runner(ParamScheduler('lr', [sched_lin(0, 1)]*2)).fit(1)
 
 
 def test_hooks_are_gone_after_an_error_and_see_training_only():
@@ -362,3 +378,92 @@ def test_a_dataset_takes_indices_that_are_tensors():
     assert next(iter(DataLoader(Subset(ds, torch.arange(1, 4)), 1)))[0].shape == (1, 4)
     xb, yb = next(iter(DataLoader(ds, 5, sampler=SubsetRandomSampler(torch.randperm(40)[:5]))))
     assert xb.equal(x[yb])
+
+
+# metrics that are objects
+
+class Distinct:
+    "No mean over items: how many rows were seen twice or more, over a whole pass."
+    def reset(self): self.n, self.seen = 0, []
+    def update(self, pred, yb): self.seen += [tuple(p) for p in pred.tolist()]; self.n += len(yb)
+    def compute(self): return [self.n, len(self.seen) - len(set(self.seen))]
+
+
+def whole_set(kind):
+    "Metrics of torchmetrics', fresh."
+    c = pytest.importorskip('torchmetrics').classification
+    return {'F1': lambda: c.MulticlassF1Score(3, average='macro'), 'AUROC': lambda: c.MulticlassAUROC(3), 'confusion': lambda: c.MulticlassConfusionMatrix(3),
+            'by class': lambda: c.MulticlassRecall(3, average=None)}[kind]
+
+
+@pytest.mark.parametrize('kind', ['F1', 'AUROC', 'confusion', 'by class'])
+def test_torchmetrics_see_the_whole_set(kind):
+    "Each pass by itself, in any number of epochs, with a short last batch, between other metrics; and not their mean over batches."
+    make = whole_set(kind)
+    run = runner(stats := AvgStatsCallback(accuracy, make(), lambda p, y: p.mean(), silent=True), lr=0.).fit(3)
+    name = type(make()).__name__
+    for ds, split in ((run.data.train_ds, 'train'), (run.data.valid_ds, 'valid')):
+        pred = run.model(ds.x)
+        want = torch.as_tensor(make()(pred, ds.y)).numpy()
+        for row in stats.rows:
+            assert torch.tensor(row[f'{split}_{name}']).numpy() == pytest.approx(want, abs=1e-6) and row[f'{split}_<lambda>'] == pytest.approx(pred.mean().item(), abs=1e-5)
+            assert row[f'{split}_accuracy'] == pytest.approx(accuracy(pred, ds.y).item(), abs=1e-6)
+    assert len(stats.line(row).split()) == len(stats.heads) + 1
+    means = sum(make()(run.model(x), y).numpy()*len(y) for x, y in zip(run.data.train_ds.x.split(32), run.data.train_ds.y.split(32)))/100
+    assert kind == 'confusion' or abs(means - make()(run.model(run.data.train_ds.x), run.data.train_ds.y).numpy()).max() > 1e-3, 'or this test sees nothing'
+
+
+def test_a_metric_of_ones_own_in_three_methods():
+    stats = AvgStatsCallback(mine := Distinct(), silent=True)
+    run = runner(stats).fit(2)
+    assert [r['train_Distinct'][0] for r in stats.rows] == [100, 100] and [r['valid_Distinct'] for r in stats.rows] == [[40, 0]]*2 and mine.n == 40
+    assert repr(stats.stats[False]).startswith('valid: [')
+    run.data = DataBunch(run.data.train_dl, [])
+    run.fit(1)
+    assert all(v is NO_PASS for k, v in stats.rows[-1].items() if k.startswith('valid')), 'and no number of the pass before'
+
+
+@pytest.mark.parametrize('kind', ['F1', 'AUROC', 'own'])
+def test_the_state_of_table_and_recorder_in_mid_epoch(kind):
+    "Kept while the fit goes on, loaded into fresh ones, in a run that begins at the same batch: the same row."
+    make = Distinct if kind == 'own' else whole_set(kind)
+    def cbs(): return [AvgStatsCallback(make(), accuracy, silent=True), Recorder(), ParamScheduler('lr', lambda p: p)]
+    data, kept = small_data(), {}
+    batches = [(x.clone(), y) for x, y in data.train_dl]
+    class Keep:
+        _order = 30
+        def after_batch(self, run):
+            if run.in_train and (run.epoch, run.iter) == (1, 1): kept.update(cbs=[c.state_dict() for c in first[:2]], model=copy.deepcopy(run.model.state_dict()))
+    first, second = cbs(), cbs()
+    runner(*first, Keep(), data=DataBunch(batches, data.valid_dl)).fit(2)
+    run = runner(*second, data=DataBunch(batches, data.valid_dl))
+    run.model.load_state_dict(kept['model'])
+    for c in second: c.begin_fit(run)
+    second[0].begin_epoch(run)
+    for _ in range(2):                                               # what is kept serves twice
+        for c, sd in zip(second, kept['cbs']): c.load_state_dict(sd)
+    run.n_epochs, run.epoch, run.in_train, run.iters = 2, 1, True, 4
+    for i in (2, 3): run.one_batch(i, *batches[i])
+    run.all_batches(data.valid_dl, train=False)
+    second[0].after_epoch(run)
+    def rows(c): return [{k: v for k, v in r.items() if k != 'time'} for r in c.rows]
+    assert rows(first[0]) == rows(second[0]) and len(first[0].rows) == 2
+    assert first[1].losses == second[1].losses and first[1].hypers == second[1].hypers and len(first[1].losses) == 8
+    with pytest.raises(ValueError, match='accuracy'): AvgStatsCallback(accuracy, silent=True).load_state_dict(kept['cbs'][0])
+    fresh = Recorder()
+    fresh.load_state_dict(Recorder().state_dict())                   # before any fit
+    assert fresh.losses == []
+
+
+@pytest.mark.parametrize('metric, said', [(lambda p, y: (p.argmax(1) == y).float(), '<lambda>.*32'), (lambda p, y: {'a': 1}, '<lambda>.*dict')])
+def test_a_metric_is_one_number(metric, said):
+    with pytest.raises(ValueError, match=said): runner(AvgStatsCallback(metric, silent=True)).fit(1)
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp932'])
+def test_a_terminal_without_dashes(encoding, monkeypatch):
+    data, out = small_data(), io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr('sys.stdout', out)
+    runner(AvgStatsCallback(accuracy), data=DataBunch(data.train_dl, [])).fit(1)
+    out.flush()
+    assert b'train_accuracy' in out.buffer.getvalue()
