@@ -165,7 +165,7 @@ def batch_len(xb, yb=None):
     part = next(iter(xb.values() if isinstance(xb, dict) else xb), xb)
     return len(part) if torch.is_tensor(part) else len(xb)
 
-# %% ../nbs/04_callbacks.ipynb #39cc120b
+# %% ../nbs/04_callbacks.ipynb #2c6ecd01
 def _one_number(v, name, device=None):
     "`v`, what a loss or metric gave for a batch, as a float32 tensor without dimensions. Raises `ValueError` where it is no single number."
     try: t = torch.as_tensor(v)
@@ -212,6 +212,15 @@ class AvgStats:
         loss, *means = (self.totals/self.count).tolist()
         means, objects = iter(means), (torch.as_tensor(m.compute()).tolist() for m in self.objects)
         return [loss, *(next(objects) if over_the_whole(m) else next(means) for m in self.metrics)]
+
+    def over_processes(self):
+        "Make sums and count those of all processes of a distributed run; alone they stay what they are."
+        dist = torch.distributed
+        if not (dist.is_available() and dist.is_initialized()): return
+        count = torch.tensor([float(self.count)], dtype=torch.float64, device=self.totals.device)
+        both = torch.cat([self.totals.double(), count])
+        dist.all_reduce(both)
+        self.totals, self.count = both[:-1], both[-1].item()
 
     def __repr__(self):
         name = 'train' if self.in_train else 'valid'

@@ -9,8 +9,7 @@ __all__ = ['WhichLayer', 'CheckActivations', 'CheckGrads', 'overfit_batch', 'mix
 import torch
 
 from .callbacks import AvgStatsCallback, Callback, DataBunch
-from .convnets import Hooks
-from .learner import bare
+from .convnets import Hooks, bare
 
 # %% ../nbs/more/09g_diagnosis.ipynb #3be3b7e7
 def _shape(o):

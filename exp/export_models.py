@@ -19,7 +19,8 @@ from .callbacks import CudaCallback, DataBunch
 from .data_block import ItemBunch, ItemList
 from .files import (CheckpointError, check_model, plain, read_file, refusing, write_atomic,
                        write_file)
-from .learner import Explain, Learner, bare, fit_only
+from .convnets import bare
+from .learner import Explain, Learner, fit_only
 
 # %% ../nbs/more/09h_export_models.ipynb #b1c47cbb
 TRAVELS = {

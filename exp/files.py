@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from .callbacks import get_hypers
-from .learner import Learner, bare
+from .convnets import bare
+from .learner import Learner
 from .lr_find import snapshot
 
 # %% ../nbs/09ca_files.ipynb #64103f6e

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIT_ONLY', 'CancelStepException', 'one_group', 'spread_lrs', 'split_batch', 'join_batches', 'compares', 'Explain',
-           'left_out', 'fit_only', 'sum_over_processes', 'summed', 'Learner', 'get_learner', 'LR_Find', 'in_order',
-           'set_seed']
+           'left_out', 'fit_only', 'Learner', 'get_learner', 'LR_Find', 'in_order', 'set_seed']
 
-# %% ../nbs/09b_learner.ipynb #6014e0d6
+# %% ../nbs/09b_learner.ipynb #989584c6
 import copy, itertools
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any, Callable
 
@@ -17,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/09b_learner.ipynb #3fc180c5
+# %% ../nbs/09b_learner.ipynb #bcedbcd4
 from .annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from .callbacks import (EVENTS, AvgStats, AvgStatsCallback, Callback, CancelBatchException,
                            CancelEpochException, CancelFitException, Recorder, check_events,
                            column_names, get_hypers, metric_name)
-from .convnets import bare, get_cnn_model, init_cnn
+from .convnets import get_cnn_model, init_cnn
 from .lr_find import LR_Find, in_order, set_seed, snapshot
 from .optimizers import listify, sgd_opt
 
@@ -106,7 +105,7 @@ class Explain(Callback):
         where = f'{kind} batch {learn.iter} of epoch {learn.epoch}'
         return f'{where}: {shapes}, {metric_name(f)}; {why}'
 
-# %% ../nbs/09b_learner.ipynb #d6c6c51f
+# %% ../nbs/09b_learner.ipynb #0aa677f1
 def left_out(module, opt) -> list:
     "Names of the parameters of `module` that train and are not in `opt`."
     there = {id(p) for g in opt.param_groups for p in (g['params'] if isinstance(g, dict) else g)}
@@ -117,19 +116,7 @@ def fit_only(cb) -> bool:
     "Whether `cb` belongs to a fit alone. Other classes say so by `_fit_only = True`."
     return getattr(cb, '_fit_only', isinstance(cb, FIT_ONLY))
 
-def sum_over_processes(*ts):
-    "Sums of the tensors over all processes of a distributed run; alone, the tensors as they are."
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for t in ts: torch.distributed.all_reduce(t)
-    return ts
-
-def summed(stats):
-    "Sums and count of an `AvgStats`, over all processes."
-    count = torch.tensor(float(stats.count), dtype=torch.float64, device=stats.totals.device)
-    totals, count = sum_over_processes(stats.totals.double(), count)
-    return totals, count.item()
-
-# %% ../nbs/09b_learner.ipynb #bee2c059
+# %% ../nbs/09b_learner.ipynb #f09e9ac0
 class Learner:
     """A model, its data, a loss, and the recipe for an optimizer: all that training needs.
 
@@ -149,8 +136,8 @@ class Learner:
         for f in self.calls[event]: f(self)
 
     def __repr__(self):
-        name, n = type(self.model).__name__, sum(p.numel() for p in self.model.parameters())
-        return f'Learner: {name} of {n:,} parameters, {self.n_iter:,} batches trained'
+        n = sum(p.numel() for p in self.model.parameters())
+        return f'Learner: {type(self.model).__name__}, {n:,} weights, {self.n_iter:,} batches done'
 
     def add_cbs(self, cbs):
         "Listen to these too, from the next event on. `AttributeError` for a misspelt event."
@@ -286,20 +273,22 @@ class Learner:
 
     @contextmanager
     def looking(self, cbs=None, weights: bool = False):
-        """`untouched`, and without the callbacks that only report or schedule.
-
-        `weights=True`: for a `fit` inside, which announces its own beginning and end."""
+        "`untouched`, and without the callbacks that only report or schedule."
         with self.untouched(weights):
-            self.cbs, self.logger = [cb for cb in self.cbs if not fit_only(cb)], lambda *args: None
-            self.add_cbs(cbs)
+            self.hush()
             no_opt = SimpleNamespace(state={}, hypers=[], param_groups=[], zero_grad=lambda: None)
             self.opt = self.opt or no_opt
-            with nullcontext() if weights else self.this_fit(): yield self
+            with self.this_fit(cbs): yield self
+
+    def hush(self):
+        self.cbs, self.logger = [cb for cb in self.cbs if not fit_only(cb)], lambda *args: None
 
     def lr_find(self, min_lr=1e-6, max_lr=10., max_iter: int = 100) -> LR_Find:
         "Try rates on `max_iter` training batches, with a new optimizer: an `LR_Find` to `plot()`."
         finder = LR_Find(max_iter, min_lr, max_lr)                  # it ends the fit itself
-        with self.looking(weights=True): self.fit(max_iter, finder, reset_opt=True)
+        with self.untouched():
+            self.hush()
+            self.fit(max_iter, finder, reset_opt=True)
         return finder
 
     def look(self, dl, f):
@@ -317,7 +306,7 @@ class Learner:
         stats = AvgStats(listify(metrics), False)
         self.look(dl, stats.accumulate)
         if not stats.count: raise ValueError('there was no batch to validate on')
-        stats.totals, stats.count = summed(stats)
+        stats.over_processes()                              # of a distributed run (notebook 10d)
         return dict(zip(column_names(stats.metrics), stats.avg_stats))
 
     def get_preds(self, dl=None, act=None) -> tuple:
