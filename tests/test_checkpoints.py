@@ -30,7 +30,7 @@ from exp.callbacks import EVENTS, AvgStatsCallback, BatchTransformXCallback, Cal
 from exp.checkpoints import Checkpoint, data_facts, load, save
 from exp.convnets import Lambda, flatten
 from exp.data_block import ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler, to_byte_tensor
-from exp.files import CheckpointError
+from exp.files import CheckpointError, write_atomic
 from exp.learner import CancelStepException, Learner
 from exp.lr_find import rng_state
 from exp.optimizers import adam_opt, sgd_mom_opt
@@ -149,7 +149,7 @@ def kill_in_save(at, where):
         if where == k and n[0] == at: os.kill(os.getpid(), signal.SIGKILL)
     def count(path, *args):
         n[0] += 1
-        if where == 'write' and n[0] == at: checkpoints.write_atomic(path, lambda f: (f.write(b'PK\3\4 half'), f.flush(), die('write')))
+        if where == 'write' and n[0] == at: write_atomic(path, lambda f: (f.write(b'PK\3\4 half'), f.flush(), die('write')))
         write(path, *args)
     checkpoints.write_file = count
     os.fsync = lambda fd: (die('fsync'), fsync(fd))
@@ -526,7 +526,7 @@ def spoilt(d):
         return pairs if isinstance(o, dict) else type(o)(pairs.values())
     rng = random.Random(0)
     for path in walk(d, ()):
-        for new in rng.sample(odd, 3): yield path, put(d, path, new)
+        for new in rng.sample(odd, 2): yield path, put(d, path, new)
 
 
 def test_crafted_checkpoints_are_refused_or_harmless(tmp_path):
@@ -553,7 +553,7 @@ def test_crafted_checkpoints_are_refused_or_harmless(tmp_path):
             except (AttributeError, TypeError, RuntimeError, ZeroDivisionError):         # what a class lets into its own state is its own affair
                 assert path[:3] == ('parts', 'opt', 'state') or 'stats' in path, path
             for f in ck.files(): f.unlink()
-    assert refused > 200 and fitted > 20 and precious.read_bytes() == b'mine'
+    assert refused > 120 and fitted > 10 and precious.read_bytes() == b'mine'
     assert {p.name for p in tmp_path.iterdir()} == {'precious', 'run'} and len([*(tmp_path/'precious').iterdir()]) == 1
 
 
