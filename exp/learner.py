@@ -6,9 +6,9 @@
 __all__ = ['FIT_ONLY', 'CancelStepException', 'one_group', 'spread_lrs', 'split_batch', 'join_batches', 'compares', 'Explain',
            'left_out', 'fit_only', 'Learner', 'get_learner', 'LR_Find', 'in_order', 'set_seed']
 
-# %% ../nbs/09b_learner.ipynb #989584c6
+# %% ../nbs/09b_learner.ipynb #ff511a31
 import copy, itertools
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, Callable
 
@@ -116,7 +116,7 @@ def fit_only(cb) -> bool:
     "Whether `cb` belongs to a fit alone. Other classes say so by `_fit_only = True`."
     return getattr(cb, '_fit_only', isinstance(cb, FIT_ONLY))
 
-# %% ../nbs/09b_learner.ipynb #f09e9ac0
+# %% ../nbs/09b_learner.ipynb #822f488b
 class Learner:
     """A model, its data, a loss, and the recipe for an optimizer: all that training needs.
 
@@ -148,8 +148,7 @@ class Learner:
 
     def remove_cbs(self, cbs):
         "Stop listening to these."
-        gone = listify(cbs)
-        self.cbs = [cb for cb in self.cbs if not any(cb is g for g in gone)]
+        self.cbs = [cb for cb in self.cbs if not any(cb is g for g in listify(cbs))]
         self.add_cbs([])
 
     def cb(self, cls):
@@ -244,9 +243,9 @@ class Learner:
             self.add_cbs([])
 
     def end_fit(self):
-        "`after_fit`, for all callbacks, also those after one that fails."
+        "`after_fit`, for all callbacks, also those after one that fails; the first error counts."
         self.opt.zero_grad()
-        with ExitStack() as all_of_them:
+        with suppress(*[Exception] if self.error else []), ExitStack() as all_of_them:
             for f in reversed(self.calls['after_fit']): all_of_them.callback(f, self)
 
     def fit_one_cycle(self, epochs: int, lr=None, pct_start=.25, div=25., final_div=1e5, cbs=None,

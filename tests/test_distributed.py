@@ -163,7 +163,7 @@ def test_the_first_process_reports(two):
     assert second['lines'] == 0 and first['lines'] == 4                                # heads and three epochs
     assert len(first['csv']) == 4 and first['csv'][0][0] == 'epoch'
     runs = {f.rsplit('.', 2)[0] for f in first['checkpoints']}
-    assert len(runs) == 1 and [int(f.split('.')[2]) for f in first['checkpoints']] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    assert len(runs) == 1 and [int(f.split('.')[1]) for f in first['checkpoints']] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
     assert first['cbs'] == second['cbs'] and 'ProgressCallback' in second['cbs'] and 'CSVLogger' in second['cbs']       # only for the time of the fit
     assert list(first['best']) == list(work.net().state_dict())                        # no 'module.' in front
     assert first['hello'] == 'hello' and second['hello'] is None

@@ -694,3 +694,10 @@ def test_same_seed_same_weights_twice_in_a_fresh_process_and_with_workers(data_h
         assert p.returncode == 0, err
         outs += out.split()
     assert len(outs) == 6 and len(set(outs)) == 1, outs
+
+
+def test_an_error_at_the_end_does_not_hide_the_one_that_ended_the_fit():
+    class Ends:
+        def after_loss(self, learn): raise KeyError('the first')
+        def after_fit(self, learn): raise AttributeError('because of it')
+    with pytest.raises(KeyError, match='the first'): Learner(nn.Linear(10, 3), toy(), F.cross_entropy).fit(1, Ends())
