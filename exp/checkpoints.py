@@ -101,6 +101,7 @@ def data_facts(data) -> dict:
         if hasattr(part, 'x'): facts[f'names of {side} items'] = _digest(part.x)
     return facts
 
+# %% ../nbs/09d_checkpoints.ipynb #5fb05394
 def fit_facts(run) -> dict:
     "What a fit is going to do: epochs, hyper-parameters, each schedule at five places."
     groups = get_hypers(run.opt)

@@ -77,6 +77,7 @@ def _pack_object(o, where):
     out['children'] = {k: pack(c, f'{where}.{k}') for k, c in o._modules.items()}
     return out
 
+# %% ../nbs/more/09h_export_models.ipynb #c99628cb
 def pack(o, where: str = 'it'):
     """`o` in plain types: a function is its name, an object its class's name and its attributes,
     a module its parameters and layers too (not its hooks). Raises `CheckpointError`."""
@@ -97,6 +98,7 @@ def _unpack_module(o, r):
     for k, (b, keep) in r['buffers'].items(): o.register_buffer(k, b, persistent=keep)
     for k, c in r['children'].items(): o.add_module(k, unpack(c))
 
+# %% ../nbs/more/09h_export_models.ipynb #2f4fa3b3
 def unpack(r):
     "What `pack` packed. No constructor runs. Raises `CheckpointError` for what may not travel."
     if isinstance(r, (list, tuple)): return type(r)([unpack(v) for v in r])

@@ -55,6 +55,7 @@ def _sync(folder):
     try: os.fsync(fd)
     finally: os.close(fd)
 
+# %% ../nbs/09ca_files.ipynb #b7784b5f
 def write_atomic(path, write) -> None:
     """Make the file `path` by `write(f)`: afterwards it is whole and on the disk, or as before.
 
@@ -103,7 +104,8 @@ def _load(path):
     try: return torch.load(clean, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         name = re.search(r'GLOBAL ([\w.]+)', str(e)) or re.search(r'(\w+\.\w+)', str(e))
-        raise ValueError(f'it holds code ({name[1] if name else "?"}), and none of it was run')
+        what = name[1] if name else 'something'
+        raise ValueError(f'it holds code ({what}), and none of it was run') from None
 
 # %% ../nbs/09ca_files.ipynb #74486397
 PLAIN = type(None), int, float, str, list, tuple, dict
@@ -173,20 +175,14 @@ def same_kind(saved, here, where) -> None:
         for k, v in here.items(): same_kind(saved.get(k), v, f'{where}.{k}')
 
 # %% ../nbs/09ca_files.ipynb #054f5358
-def _named(opt, model):
-    "The optimizer, and its parameters' names; ours as a view of it that calls them by these names."
-    opt, names = getattr(opt, 'opt', opt), {p: n for n, p in bare(model).named_parameters()}
-    if hasattr(opt, 'names'):
-        opt = copy.copy(opt)                               # its state and hypers are the same ones
-        opt.names = names
-    return opt, names
+def _inner(opt): return getattr(opt, 'opt', opt)           # ours inside a bridge to torch
 
 def _name(f): return getattr(f, '__name__', None) or _name(getattr(f, 'func', type(f)))
 def brief(o): return str(o) if len(str(o)) <= 80 else str(o)[:79] + '…'
 
 def opt_state(opt, model) -> dict:
     "The state of an optimizer, ours or torch's, with its kind and its parameters' names by group."
-    opt, names = _named(opt, model)
+    opt, names = _inner(opt), {p: n for n, p in bare(model).named_parameters()}
     steps = [_name(f) for k in ('stats', 'early', 'late') for f in getattr(opt, k, ())]
     groups = [g['params'] if isinstance(g, dict) else g for g in opt.param_groups]
     return {'kind': ' '.join([type(opt).__name__, *steps]),
@@ -199,7 +195,7 @@ def load_opt(opt, model, saved) -> None:
     for k in ('kind', 'groups'):
         if saved[k] != mine[k]:
             raise ValueError(f'{k} of its optimizer: {brief(saved[k])}; here: {brief(mine[k])}')
-    _named(opt, model)[0].load_state_dict(copy.deepcopy(saved['state']))
+    _inner(opt).load_state_dict(copy.deepcopy(saved['state']))
 
 # %% ../nbs/09ca_files.ipynb #0f5eb379
 def save(learn, path, opt: bool = True) -> Path:
@@ -216,6 +212,7 @@ def _unwrapped(sd, model):
     if next(iter(model.state_dict()), '').startswith(front): return sd
     return {k.removeprefix(front): v for k, v in sd.items()}
 
+# %% ../nbs/09ca_files.ipynb #911479d6
 def load(learn, path, opt: bool = True) -> Learner:
     """Take over weights, and with `opt` the optimizer's state where the file has it.
 
