@@ -13,9 +13,10 @@ from torch import nn
 
 from exp.annealing import ParamScheduler, annealer, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
 from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
-from exp.callbacks import (AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
+from exp.callbacks import (AvgStatsCallback, BatchTransformXCallback, Callback, CancelBatchException, CancelEpochException, CancelFitException,
                            CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, get_dls, get_hypers)
 from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, get_runner, init_cnn, plot_hists, plot_stats
+from exp.optimizers import sgd_opt
 
 
 def small_data(n=100, bs=32, seed=0):
@@ -176,15 +177,34 @@ def test_a_user_schedule_of_a_known_name_changes_nobody_elses():
     assert before(.5) == .5 and sched_exp(1, 100)(.5) == pytest.approx(10)
 
 
-def test_scheduler_sets_each_group_and_finds_mistakes():
+class Rates(Callback):
+    "The rate of each group at each batch, seen in training and in validation; fails at training batch `at`."
+    _order = 2
+    def __init__(self, at=None): self.at, self.seen, self.valid = at, [], []
+    def begin_batch(self, run):
+        rates = tuple(g['lr'] for g in get_hypers(run.opt))
+        (self.seen if run.in_train else self.valid).append(rates)
+        if len(self.seen) == self.at: raise ZeroDivisionError
+
+
+@pytest.mark.parametrize('opt_func', (torch.optim.SGD, sgd_opt), ids=('torch', 'ours'))
+@pytest.mark.parametrize('at', (None, 3))
+def test_scheduler_sets_each_group_for_the_time_of_a_fit(opt_func, at):
     run = runner()
-    run.opt = torch.optim.SGD([{'params': [run.model.weight]}, {'params': [run.model.bias]}], lr=.1)
-    run.cbs = [ParamScheduler('lr', [sched_lin(0, 1), sched_lin(1, 0)]), rec := Recorder()]
-    run.fit(1)
-    a, b = (g['lr'] for g in get_hypers(run.opt))
-    assert abs(a + b - 1) < 1e-9 and rec.hypers['lr'] == [1, .75, .5, .25]
-    with pytest.raises(ValueError, match="no 'momentun'.*momentum"): runner(ParamScheduler('momentun', sched_lin(0, 1))).fit(1)
-    with pytest.raises(ValueError, match='2 schedules for 1'): runner(ParamScheduler('lr', [sched_lin(0, 1)]*2)).fit(1)
+    run.opt = opt_func([{'params': [run.model.weight]}, {'params': [run.model.bias], 'lr': .7}], lr=.1)
+    run.cbs = [ParamScheduler('lr', [sched_lin(0, 1), sched_lin(1, 0)]), rates := Rates(at)]
+    for n in (1, 2):                                                                # again, and from what was there before
+        rates.seen, rates.valid = [], []
+        try: run.fit(n)
+        except ZeroDivisionError: assert at
+        want = [(i/4/n, 1 - i/4/n) for i in range(at or 4*n)]
+        assert torch.tensor(rates.seen).allclose(torch.tensor(want)) and set(rates.valid) == set(rates.seen[3::4])
+        assert [g['lr'] for g in get_hypers(run.opt)] == [.1, .7]
+
+
+def test_scheduler_finds_mistakes():
+    for pname, sched in (('momentun', sched_lin(0, 1)), ('lr', [sched_lin(0, 1)]*2)):
+        with pytest.raises(ValueError): runner(ParamScheduler(pname, sched)).fit(1)
 
 
 def test_hooks_are_gone_after_an_error_and_see_training_only():
