@@ -17,7 +17,6 @@ from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import (EVENTS, NO_PASS, AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
                            CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, get_dls, get_hypers)
 from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, get_runner, init_cnn, plot_hists, plot_stats
-from exp.optimizers import sgd_opt
 
 
 def small_data(n=100, bs=32, seed=0):
