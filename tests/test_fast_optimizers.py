@@ -71,8 +71,12 @@ def same(a, b, tol=1e-9):
 # ---- the same as the loop
 
 class Ema(Stat):
-    "Replaces its tensor instead of changing it."
     def init_state(self, p): return {'ema': p.detach().clone()}
+    def update(self, p, state, **kwargs):
+        state['ema'].lerp_(p, .1)
+        return state
+
+class Replaced(Ema):
     def update(self, p, state, **kwargs): return {**state, 'ema': state['ema']*.9 + p*.1}
 
 class Slow(Stat):
@@ -326,7 +330,7 @@ def called(p, lr, calls, **kwargs): p.sub_(p.grad/calls*lr)
 def late_step(p, lr, late=None, **kwargs): p.sub_(p.grad if late is None else late, alpha=lr)
 def widely(p, lr, wide, **kwargs): p.sub_(wide, alpha=lr)
 
-STATES = dict(numbers_from_values=(normed, GradNorm(), 1), numbers_of_each=(sized, Size(), 0), a_list=(tracked, Track(), 1),
+STATES = dict(replaced=(own_step, Replaced(), 1), numbers_from_values=(normed, GradNorm(), 1), numbers_of_each=(sized, Size(), 0), a_list=(tracked, Track(), 1),
               another_shape=(called, Scalar(), 1), a_tensor_that_comes_later=(late_step, Late(), 1), another_precision=(widely, Wide(), 0))
 
 @pytest.mark.parametrize('name', STATES)
