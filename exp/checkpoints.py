@@ -16,7 +16,6 @@ import torch
 from .annealing import ParamScheduler
 from .callbacks import Callback, get_hypers, to_device
 from .convnets import bare
-from .files import load, save                           # noqa: F401, people look for them here
 from .files import (CheckpointError, brief, check_model, load_opt, opt_state, plain, read_file,
                        refusing, same_kind, sweep, write_file)
 from .lr_find import (generator_state, load_loader_state, loader_state, own_generators,

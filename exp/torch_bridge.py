@@ -30,15 +30,15 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.spelt = {k: ours for k, ours in _SPELT.items() if all(o in first for o in ours)}
         if 'betas' in self.spelt: self.spelt.pop('momentum')
         theirs = {k: _value(first, ours) for k, ours in self.spelt.items()}
-        state, pairs = opt.state, opt.param_groups
-        if len(opt.names) == sum(map(len, pairs)):
-            pairs = [[(opt.names[p], p) for p in ps] for ps in pairs]
-        groups = [{**h, 'params': ps} for h, ps in zip(opt.hypers, pairs)]
+        state = opt.state
+        groups = [{**h, 'params': ps} for h, ps in zip(opt.hypers, opt.param_groups)]
         super().__init__(groups, defaults or {**first, **theirs})
         self.state.update(state)
         self.opt = opt
         with torch.random.fork_rng(devices=[]):
-            self.need = opt.new_state(opt.param_groups[0][0]).keys()       # what the stats keep
+            blank = torch.zeros_like(opt.param_groups[0][0])
+            blank.grad = torch.zeros_like(blank)           # a stat may look at it
+            self.need = opt.new_state(blank).keys()        # what the stats keep
         self.tie()
 
     def tie(self):
@@ -48,8 +48,6 @@ class TorchOptimizer(torch.optim.Optimizer):
         self.said = [{k: g.get(k) for k in self.spelt} for g in self.param_groups]
         self.opt.state, self.opt.hypers[:] = self.state, self.param_groups
         self.opt.param_groups[:] = [g['params'] for g in self.param_groups]
-        pairs = [zip(g['params'], g.get('param_names', ())) for g in self.param_groups]
-        self.opt.names = {p: name for group in pairs for p, name in group}
 
     def agree(self):
         "Torch's names and ours say the same: what torch's side has changed counts, else ours."

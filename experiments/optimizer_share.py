@@ -44,7 +44,7 @@ def main(turns=25):
     made = {}
     for k, opt in opts.items():
         opt.step()
-        made[k] = clock(lambda: (opt.step(), opt.step()))
+        made[k] = clock(lambda opt=opt: (opt.step(), opt.step()))
     rest, times = [], {k: [] for k in opts}
     for _ in range(turns):
         rest.append(clock(gradients))

@@ -27,7 +27,8 @@ from torch import nn
 from exp import checkpoints
 from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from exp.callbacks import EVENTS, AvgStatsCallback, BatchTransformXCallback, Callback, DataBunch, Dataset, Recorder, accuracy, get_dls, get_hypers
-from exp.checkpoints import Checkpoint, data_facts, load, save
+from exp.checkpoints import Checkpoint, data_facts
+from exp.files import load, save
 from exp.convnets import Lambda, flatten
 from exp.data_block import ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler, to_byte_tensor
 from exp.files import CheckpointError, write_atomic

@@ -12,7 +12,8 @@ from torch import nn
 import exp.mixed_precision as mp_module
 from exp.annealing import ParamScheduler
 from exp.callbacks import EVENTS, AvgStatsCallback, Callback, CancelBatchException, CancelFitException, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls
-from exp.checkpoints import Checkpoint, load
+from exp.checkpoints import Checkpoint
+from exp.files import load
 from exp.export_models import export, load_learner
 from exp.learner import Learner, set_seed
 from exp.training_callbacks import GradientAccumulation, GradientClip, SaveBest
