@@ -1,9 +1,13 @@
 """Lion, AdEMAMix, schedule-free AdamW and Muon: step for step beside independent implementations, and what a learner makes of them."""
+import ast
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from exp import since_2019
 from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, accuracy, get_dls
 from exp.learner import Learner, one_group, set_seed
 from exp.optimizers import adam_opt
@@ -211,3 +215,10 @@ def test_a_step_at_the_average_is_refused():
     _, opt = walk(lambda ps: schedule_free(ps, lr=.01), steps=3)
     use_average(opt)
     with pytest.raises(ValueError): opt.step()
+
+
+def test_no_stepper_and_no_stat_of_more_than_twelve_lines():
+    for o in ast.parse(inspect.getsource(since_2019)).body:
+        if not isinstance(o, (ast.FunctionDef, ast.ClassDef)) or o.name == 'ScheduleFree': continue
+        said = o.body[0].end_lineno - o.body[0].lineno + 1 if ast.get_docstring(o) else 0
+        assert o.end_lineno - o.lineno + 1 - said <= 12, o.name
