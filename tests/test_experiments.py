@@ -87,3 +87,22 @@ def test_an_arm_of_five_minutes(script, tmp_path, data_home, monkeypatch):
     train, val = ({f.name for f in (tmp_path/'parts'/s).rglob('*.JPEG')} for s in ('train', 'val'))
     assert (row['n_train'], row['n_valid']) == ('640', '160') == (str(len(train)), str(len(val))) and not train & val and 0 < float(row['accuracy']) < 1
     assert row['network'] == "{'width': 0.125, 'act': 'SiLU'}"
+
+
+def test_optimizers_since_2019_in_two_sittings(script, tmp_path, data_home, monkeypatch):
+    for k, v in small_env(data_home).items(): monkeypatch.setenv(k, v)
+    since = script('since_2019')
+    for k, v in dict(OUT=tmp_path/'s.csv', SIZE=16, N_TRAIN=128, EPOCHS=1, NFS=[8]).items(): monkeypatch.setattr(since, k, v)
+    def rows(*args):
+        monkeypatch.setattr(sys, 'argv', ['since_2019.py', '--arms', 'schedule-free', 'Muon', '--seeds', '0', *args])
+        since.main()
+        return since.written()
+    assert len(rows('--most', '3')) == 3
+    whole = rows()
+    assert rows() == whole
+    for arm in ('schedule-free', 'Muon'):
+        tried = {r['rate']: float(r['accuracy']) for r in whole if (r['kind'], r['arm']) == ('rate', arm)}
+        (final,) = (r for r in whole if (r['kind'], r['arm']) == ('final', arm))
+        best = max(tried, key=tried.get)
+        assert len(tried) >= 5 and final['rate'] == best
+        assert min(tried, key=float) != best != max(tried, key=float)
