@@ -94,7 +94,9 @@ def test_events_and_callbacks_are_those_of_runner():
     def cbs(): return [Log(), Recorder(), stats(accuracy), CudaCallback('cpu'), BatchTransformXCallback(lambda x: x*2), ParamScheduler('lr', lambda p: .1*(1 - p))]
     a, b, model = cbs(), cbs(), net()
     run = Runner(model, toy(), CE, SGD(model.parameters(), lr=.1), a).fit(2)
-    learn = learner(*b).fit(2)
+    grads = set()
+    learn = learner(*b).fit(2, At('after_loss', lambda l: grads.add((l.in_train, l.model.training, l.loss.requires_grad))))
+    assert grads == {(True,)*3, (False,)*3}
     assert weights(learn).equal(flat(model)) and (a[0].seen, a[1].losses, a[1].hypers) == (b[0].seen, b[1].losses, b[1].hypers)
     run.cb = lambda cls: a[2]
     assert table(run) == table(learn) and b[0].seen.count('begin_epoch') == 2    # the class of 2019: four
@@ -163,7 +165,8 @@ def test_an_error_is_announced_before_the_end_and_forgotten_after_it():
     assert seen == [e.value] and log.seen[-3:] == ['after_step', 'after_error', 'after_fit'] and learn.error is None
     try: raise LookupError
     except LookupError: learn.fit(1)                                           # goes well, while another error is being handled
-    assert len(seen) == 1
+    with pytest.raises(KeyboardInterrupt): learn.fit(1, Log('after_loss', KeyboardInterrupt))
+    assert len(seen) == 1, 'the wish to stop is no error'
 
 
 def test_callbacks_come_once_go_and_are_found():
@@ -230,11 +233,13 @@ def test_a_batch_outside_of_a_fit_is_a_plain_step():
     "Somebody's own loop around `one_batch`."
     model, (x, y) = nn.Linear(4, 2), (torch.randn(8, 4), torch.arange(8) % 2)
     learn = Learner(model, None, CE, lr=.1)
-    learn.ready_opt()
+    learn.data = DataBunch([(x, y)], None)
+    learn.fit(0, gone := Log())
+    gone.seen.clear()
     w, (g,) = model.weight.detach().clone(), torch.autograd.grad(CE(model(x), y), model.weight)
     learn.in_train, learn.iters = True, 1
     learn.one_batch(0, (x, y))
-    assert torch.allclose(model.weight, w - .1*g)
+    assert torch.allclose(model.weight, w - .1*g) and gone.seen == [], 'who came for a fit is gone'
 
 
 # groups, rates, optimizers
@@ -609,7 +614,7 @@ def rows(*shape): return torch.rand(shape, generator=torch.Generator().manual_se
     (rows(4, 3), torch.tensor([0., 2, 1, 1]), CE, 'float.*int64'), (rows(4, 3), torch.tensor([0, 2, 1, 1]), partial(CE, reduction='none'), 'single number')])
 @pytest.mark.parametrize('kind', ['training', 'validation'])
 def test_what_does_not_fit_is_told_with_its_place(pred, yb, loss_func, said, kind):
-    bad = [(rows(4), yb)]
+    bad = [(rows(4), yb) if yb.numel() else rows(4)]
     learn = Learner(Gives(pred), DataBunch(bad, None), loss_func)
     if kind == 'training':
         with pytest.raises(ValueError, match=f'{kind} batch 0 of epoch 0.*{said}'): learn.fit(1)

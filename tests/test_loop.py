@@ -196,6 +196,9 @@ def test_scheduler_sets_each_group_and_puts_back_what_it_found(error):
         try: run.fit(1)
         except (ZeroDivisionError, KeyboardInterrupt): assert error in (ZeroDivisionError, KeyboardInterrupt)
         assert seen == [[0, 1], [.25, .75], [.5, .5], [.75, .25]][:2 if error else 4] and [g['lr'] for g in run.opt.param_groups] == [3., 5.]
+    run.opt.param_groups[0]['lr'], run.cbs = 4., [Log('begin_fit', ZeroDivisionError), sched]
+    with pytest.raises(ZeroDivisionError): run.fit(1)                # before it has begun
+    assert run.opt.param_groups[0]['lr'] == 4.
 
 
 def test_schedules_that_do_not_fit():

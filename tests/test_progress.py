@@ -19,7 +19,8 @@ from conftest import ROOT
 from torch import nn
 
 from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, Runner, accuracy, get_dls
-from exp.learner import EarlyStopping, Learner
+from exp.learner import Learner
+from exp.training_callbacks import EarlyStopping
 from exp.progress import ProgressCallback, front_end
 
 HEADS = ['epoch', 'train_loss', 'train_accuracy', 'valid_loss', 'valid_accuracy', 'time']
