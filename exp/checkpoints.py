@@ -232,8 +232,9 @@ class Checkpoint(Callback):
         f, d = self.found
         self.found, batch, kept = None, d['position'][1], parts(run, self.data)
         if not batch: return
-        put_back(callback_parts(run), d['callbacks'])      # their begin_epoch has begun anew
-        put_back(kept, d['at_pass'])                       # from here the order is drawn once more
+        with refusing(f):
+            put_back(callback_parts(run), d['callbacks'])  # their begin_epoch has begun anew
+            put_back(kept, d['at_pass'])                   # from here the order is drawn once more
         now = {n: d['parts'][n] for n in ('gradients', 'dice')}
         run.data = copy.copy(self.data)
         run.data.train_dl = Rest(self.data.train_dl, batch, lambda: put_back(kept, now))

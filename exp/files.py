@@ -178,7 +178,9 @@ def same_kind(saved, here, where) -> None:
 def _inner(opt): return getattr(opt, 'opt', opt)           # ours inside a bridge to torch
 
 def _name(f): return getattr(f, '__name__', None) or _name(getattr(f, 'func', type(f)))
-def brief(o): return str(o) if len(str(o)) <= 80 else str(o)[:79] + '…'
+def brief(o):
+    "`o` as text of at most 80 letters."
+    return str(o) if len(str(o)) <= 80 else str(o)[:79] + '…'
 
 def opt_state(opt, model) -> dict:
     "The state of an optimizer, ours or torch's, with its kind and its parameters' names by group."
