@@ -299,7 +299,8 @@ class AvgStatsCallback(Callback):
 
     def load_state_dict(self, sd):
         "Raises `ValueError` where the columns were others."
-        if sd['heads'] != self.heads: raise ValueError(f'the table was {", ".join(sd["heads"])} and is {", ".join(self.heads)} now')
+        if sd['heads'] != self.heads or any([*r] != self.heads for r in sd['rows']):
+            raise ValueError(f'the table was {", ".join(sd["heads"])} and is {", ".join(self.heads)} now')
         self.rows = [dict(r) for r in sd['rows']]
         for t, s in self.stats.items():
             s.count, s.totals, gathered = sd['stats'][t]
