@@ -1,8 +1,10 @@
-"""Optimizer steps beside the peers': Adam and LAMB on ResNet-50's 161 tensors, Adam on 161 tensors of 64 numbers.
+"""Optimizer steps beside the peers': momentum, Adam and LAMB, each with decay, on the tensors of five nets.
 
-Functions shaped as `benchmarks.__main__` wants them; run alone with `python -m benchmarks.optimizers [NAME …]`.
-Gradients are given once, so that a turn is a step and nothing else; the compiled ways compile in the warm-up turn.
+Functions shaped as `benchmarks.__main__` wants them, named OPTIMIZER_NET; run alone with `python -m benchmarks.optimizers [NAME …]`, which
+takes 40 turns of each. Gradients are given once, so that a turn is a step and nothing else; what compiles does so in the warm-up turns.
 """
+from functools import partial
+
 import torch
 
 
@@ -16,68 +18,78 @@ def parameters(shapes, channels_last=False):
     return ps
 
 
-def resnet50_shapes():
-    "Shapes of the 161 parameters of ResNet-50 with 1,000 classes (25.6 million numbers)."
+def lesson():
+    from types import SimpleNamespace
+    from exp.batchnorm import conv_layer
+    from exp.convnets import get_cnn_model
+    return get_cnn_model(SimpleNamespace(c_in=3, c_out=10), [64, 64, 128, 256], conv_layer)
+
+
+def half_xresnet18():
+    from exp.xresnet import xresnet18
+    return xresnet18(3, 10, width=.5)
+
+
+def torchvisions(name):
     import torchvision
-    with torch.device('meta'): return [p.shape for p in torchvision.models.resnet50().parameters()]
+    return getattr(torchvision.models, name)()
 
 
-SMALL = [(64,)]*161
+NETS = {'small': None, 'lesson': lesson, 'half': half_xresnet18, 'resnet18': partial(torchvisions, 'resnet18'), 'resnet50': partial(torchvisions, 'resnet50')}
 
 
-def steps(peers, shapes, **kw):
-    "`{name: step}` of `{name: optimizer function or None}`, each on parameters of its own."
-    return {k: f and f(parameters(shapes, **kw)).step for k, f in peers.items()}
+def shapes(net):
+    "Shapes of the parameters of a net of NETS; `small` is 161 tensors of 64 numbers."
+    return [(64,)]*161 if net == 'small' else [p.shape for p in NETS[net]().parameters()]
 
 
-def adam_peers():
-    from exp.optimizers import adam_opt
-    hy, ours = dict(lr=1e-3, betas=(.9, .99), eps=1e-5, weight_decay=.01), dict(lr=1e-3, wd=.01)
-    return {'torch AdamW fused': lambda ps: torch.optim.AdamW(ps, fused=True, **hy),
-            'torch AdamW foreach': lambda ps: torch.optim.AdamW(ps, foreach=True, **hy),
-            'exp adam_opt, plain loop': lambda ps: adam_opt()(ps, fast=False, **ours),
-            'exp adam_opt': lambda ps: adam_opt()(ps, **ours),
-            "exp adam_opt, fast='compile'": lambda ps: adam_opt()(ps, fast='compile', **ours)}
+def peer(module, name):
+    try: return getattr(__import__(module, fromlist=[name]), name)
+    except ImportError: return None
 
 
-def adam_resnet50(): return steps(adam_peers(), resnet50_shapes())
+def peers(opt):
+    "`{name: optimizer function or None}` of the others that do the same step."
+    from torch.optim import SGD, AdamW
+    if opt == 'momentum': return {f'torch SGD {k}': partial(SGD, lr=1e-3, momentum=.9, weight_decay=.01, **{k: True}) for k in ('fused', 'foreach')}
+    if opt == 'adam': return {f'torch AdamW {k}': partial(AdamW, lr=1e-3, betas=(.9, .99), eps=1e-5, weight_decay=.01, **{k: True}) for k in ('fused', 'foreach')}
+    hy = dict(lr=1e-3, betas=(.9, .99), eps=1e-6, weight_decay=.01)
+    timm, po = peer('timm.optim', 'Lamb'), peer('pytorch_optimizer', 'Lamb')
+    return {'timm Lamb': timm and partial(timm, max_grad_norm=None, **hy), 'pytorch_optimizer Lamb': po and partial(po, **hy)}
 
 
-def adam_small():
-    peers = adam_peers()
-    return steps({k: peers[k] for k in ('torch AdamW foreach', 'torch AdamW fused', 'exp adam_opt, plain loop', 'exp adam_opt')}, SMALL)
+def ours(opt):
+    from exp.fast_optimizers import fast
+    from exp.optimizers import adam_opt, lamb, sgd_mom_opt
+    f = partial({'momentum': sgd_mom_opt, 'adam': adam_opt(), 'lamb': lamb}[opt], lr=1e-3, wd=.01)
+    return {'exp, plain loop': f, 'exp, fast': fast(f)}
 
 
-def lamb_peers():
-    from exp.optimizers import lamb
-    try: from timm.optim import Lamb as timm_lamb
-    except ImportError: timm_lamb = None
-    try: from pytorch_optimizer import Lamb as po_lamb
-    except ImportError: po_lamb = None
-    hy, ours = dict(lr=1e-3, betas=(.9, .99), eps=1e-6, weight_decay=.01), dict(lr=1e-3, wd=.01)
-    return {'timm Lamb': timm_lamb and (lambda ps: timm_lamb(ps, max_grad_norm=None, **hy)),
-            'pytorch_optimizer Lamb': po_lamb and (lambda ps: po_lamb(ps, **hy)),
-            'exp lamb, plain loop': lambda ps: lamb(ps, fast=False, **ours),
-            'exp lamb': lambda ps: lamb(ps, **ours),
-            "exp lamb, fast='compile'": lambda ps: lamb(ps, fast='compile', **ours)}
+def steps(opt, net):
+    "`{name: step}`, each on parameters of its own. Ours change their rate from step to step, as in training."
+    ss = shapes(net)
+    out = {k: f and f(parameters(ss)).step for k, f in peers(opt).items()}
+    for k, f in ours(opt).items():
+        made = f(parameters(ss))
+        def step(made=made):
+            made.hypers[0]['lr'] = 1e-3*(.5 + torch.rand(()).item())
+            made.step()
+        for _ in range(3): step()
+        out[k] = step
+    return out
 
 
-def lamb_resnet50(): return steps(lamb_peers(), resnet50_shapes())
-
-
-def lamb_small(): return steps({k: f for k, f in lamb_peers().items() if 'compile' not in k}, SMALL)
-
-
-BENCHMARKS = {'adam_resnet50': adam_resnet50, 'adam_small': adam_small, 'lamb_resnet50': lamb_resnet50, 'lamb_small': lamb_small}
+BENCHMARKS = {f'{opt}_{net}': partial(steps, opt, net) for opt in ('momentum', 'adam', 'lamb') for net in NETS}
 
 
 def main():
     import sys
     from benchmarks.__main__ import measure
+    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads')
     for name in sys.argv[1:] or BENCHMARKS:
-        times = measure({k: f for k, f in BENCHMARKS[name]().items() if f}, 20)
+        times = measure({k: f for k, f in BENCHMARKS[name]().items() if f}, 40)
         first = next(iter(times.values()))
-        for k, t in times.items(): print(f'{name:<16} {k:<34} {1e3*t:>9.2f} ms {t/first:>7.3f}', flush=True)
+        for k, t in times.items(): print(f'{name:<18} {k:<24} {1e3*t:>9.2f} ms {t/first:>7.3f}', flush=True)
 
 
 if __name__ == '__main__': main()
