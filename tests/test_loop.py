@@ -443,8 +443,8 @@ def test_the_state_of_table_and_recorder_in_mid_epoch(kind):
     run.model.load_state_dict(kept['model'])
     for c in second: c.begin_fit(run)
     second[0].begin_epoch(run)
-    for _ in range(2):                                               # what is kept serves twice
-        for c, sd in zip(second, kept['cbs']): c.load_state_dict(sd)
+    for c, sd in zip(second, kept['cbs']): c.load_state_dict(sd)
+    so_far = second[0].stats[True].avg_stats
     run.n_epochs, run.epoch, run.in_train, run.iters = 2, 1, True, 4
     for i in (2, 3): run.one_batch(i, *batches[i])
     run.all_batches(data.valid_dl, train=False)
@@ -452,6 +452,8 @@ def test_the_state_of_table_and_recorder_in_mid_epoch(kind):
     def rows(c): return [{k: v for k, v in r.items() if k != 'time'} for r in c.rows]
     assert rows(first[0]) == rows(second[0]) and len(first[0].rows) == 2
     assert first[1].losses == second[1].losses and first[1].hypers == second[1].hypers and len(first[1].losses) == 8
+    (third := cbs()[0]).load_state_dict(kept['cbs'][0])              # what is kept serves twice
+    assert third.stats[True].avg_stats == so_far and len(so_far) == 3 and len(third.rows) == 1
     with pytest.raises(ValueError, match='accuracy'): AvgStatsCallback(accuracy, silent=True).load_state_dict(kept['cbs'][0])
     fresh = Recorder()
     fresh.load_state_dict(Recorder().state_dict())                   # before any fit

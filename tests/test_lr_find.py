@@ -84,14 +84,6 @@ def test_suggestion_and_curve():
     assert finder([12. - i for i in range(11)] + [float('nan')]).suggestion == 1e-6*2**10/4    # the one that ended it
 
 
-def test_a_rate_that_is_found_trains():
-    data = DataBunch(*get_dls(Dataset(X, Y), Dataset(X, Y), 20, seed=3))
-    def run(lr, epochs, *cbs): m = net(); return Runner(m, data, F.cross_entropy, sgd_opt(m.parameters(), lr=lr), cbs).fit(epochs)
-    run(.01, 20, find := LR_Find(80, max_lr=100.))
-    run(find.suggestion, 5, st := AvgStatsCallback(silent=True))
-    assert st.rows[-1]['train_loss'] < st.rows[0]['train_loss']
-
-
 # snapshots
 
 class Holder:
