@@ -95,7 +95,8 @@ def overfit_batch(learn, n: int = 100, lr=None) -> list:
 
     They should go to nearly nothing. Nothing is changed."""
     losses = []
-    with learn.looking(weights=True):
+    with learn.untouched():
+        learn.hush()
         learn.lr = learn.lr if lr is None else lr
         batch = next(iter(learn.data.train_dl))
         learn.data = DataBunch([batch]*n, None, learn.data.c_in, learn.data.c_out)

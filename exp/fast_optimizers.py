@@ -222,7 +222,7 @@ class Compiled:
     Compiles in the second step, which takes seconds. Optimizers of fewer than `least` numbers and
     tensors that cannot lie flat go the plain way; where none can be compiled, a warning says why.
     A stepper must act on nothing but its arguments."""
-    few, most = 2**17, 16
+    most = 16                                                      # programs
     def __init__(self, least: int = 2**19):
         self.least, self.off, self.floor = least, False, 1
         self.known, self.tried, self.programs, self.told = {}, set(), {}, set()
@@ -272,8 +272,8 @@ class Compiled:
         try:
             with torch.random.fork_rng(devices=[]):
                 tape = rehearse(opt, [torch.ones(2, dtype=d) for d in dtypes], keys, rest, hypers)
-                if len(tape.ops) < 6 and self.floor < self.few:
-                    self.floor = self.few
+                if len(tape.ops) < 6 and self.floor < 2*self.least:
+                    self.floor = 2*self.least
                     return None, None, None
                 key = about, tuple(tape.ops)
                 for shape in {self.known[p].shape for p in ps}:

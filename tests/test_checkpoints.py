@@ -400,6 +400,8 @@ def test_the_last_k_of_each_run_stay_and_nothing_else_is_touched(tmp_path):
     files = Checkpoint(tmp_path).files()
     assert len(files) == 5 and all(f.read_bytes() == b for f, b in first.items()) and not {*files[:2]} & {*first}      # newest run first
     assert all(f.read_bytes() == b'mine' for f in mine)
+    for _ in range(4): toy().fit(1, Checkpoint(tmp_path))
+    assert len({f.name[:6] for f in Checkpoint(tmp_path).files()}) == 6                # whatever the clock says, and the random letters
 
 
 def test_a_clock_put_back_changes_nothing(tmp_path, monkeypatch):
@@ -426,16 +428,16 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path):
     before = save(learn, tmp_path/'w.pt').read_bytes()
     class Fill(Callback):
         def after_batch(self, run):
-            if run.n_iter == 4: limit.__enter__()
+            if run.n_iter == 5: limit.__enter__()
     limit = largest_file(20_000)
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
-        learn.fit(2, [Fill(), Checkpoint(tmp_path/'c', every=3)])
+        learn.fit(2, [Fill(), Checkpoint(tmp_path/'c', every=2)])
         with pytest.raises(CheckpointError): save(learn, tmp_path/'w.pt')
     limit.__exit__(None, None, None)
-    assert learn.n_iter == 14 and (tmp_path/'w.pt').read_bytes() == before and len(w) == 5
-    assert len([*tmp_path.iterdir()]) == 2 and [f.name.split('.')[1] for f in (tmp_path/'c').iterdir()] == ['000000003']
-    assert Checkpoint(tmp_path/'c').start(toy(n_hid=2000)) == (0, 3)
+    assert learn.n_iter == 14 and (tmp_path/'w.pt').read_bytes() == before and len(w) == 7
+    assert len([*tmp_path.iterdir()]) == 2 and sorted(f.name.split('.')[1] for f in (tmp_path/'c').iterdir()) == ['000000002', '000000004']
+    assert Checkpoint(tmp_path/'c').start(toy(n_hid=2000)) == (0, 4)
 
 
 def test_where_a_disk_has_room_for_two_the_oldest_goes_first(tmp_path, monkeypatch):
@@ -499,6 +501,8 @@ def test_a_choice_serves_one_fit_at_its_own_place(tmp_path):
             ck.start(new)
             with pytest.raises(CheckpointError): new.fit(3, ck, start=start)
             assert same(weights(new), before) and new.n_iter == 0
+            ck.folder = tmp_path/'new'
+            new.fit(1, ck)                                                           # the choice has gone with the fit that was refused
         new, ck = toy(1), Checkpoint(folder)
         start = list(ck.start(new))                                                  # a list will do
         new.fit(3, ck, start=start)
@@ -603,7 +607,7 @@ def test_what_is_refused_changes_nothing(tmp_path):
     path, before, steps = save(toy(9, adam_opt()).fit(1), tmp_path/'w.pt'), weights(learn), [dict(s) for s in learn.opt.state.values()]
     d = torch.load(path, weights_only=True)
     for bad in ({'opt': 5}, {'opt': {**d['opt'], 'groups': [['a']]}}, {'opt': {**d['opt'], 'state': {}}}, {'model': {**d['model'], '0.weight': torch.ones(3)}},
-                {'model': {k: v for k, v in d['model'].items() if k != '4.bias'}}, {'model': {**d['model'], 'more': torch.ones(3)}}):
+                {'model': {k: v for k, v in d['model'].items() if k != '4.bias'}}, {'model': {**d['model'], '1.num_batches_tracked': torch.tensor(1.5)}}, {'model': {**d['model'], 'more': torch.ones(3)}}):
         torch.save({**d, **bad}, path)
         with pytest.raises(CheckpointError): load(learn, path)
         assert same(weights(learn), before)

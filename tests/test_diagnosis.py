@@ -144,6 +144,16 @@ def test_callbacks_that_shape_a_batch_are_at_work():
     assert seeing[-1] < .1*seeing[0] and blind[-1] > .8
 
 
+def test_a_fit_begins_and_ends_once():
+    class Opens(Callback):
+        opened = 0
+        def begin_fit(self, run): self.opened += 1
+        def after_fit(self, run): said.append(self.opened)
+    said = []
+    overfit_batch(learner(Opens()), 3)
+    assert said == [1]
+
+
 # items that see each other
 
 BN = nn.BatchNorm1d(10, track_running_stats=False)

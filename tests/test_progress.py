@@ -303,7 +303,7 @@ def test_a_notebook_says_where_a_fit_broke_off(cells):
 
 def test_curves_and_odd_fits_in_a_notebook(cells):
     assert [cells[k].pngs for k in CELLS] == [0, 0, 1, 1, 0, 0, 0]
-    assert cells['no validation'].html.count('–') == 1 and 'nan' not in cells['no validation'].html
+    assert cells['no validation'].html.count('<td>-</td>') == 1 and 'nan' not in cells['no validation'].html
     assert '<table' not in cells['no table'].html + cells['nothing'].html and not cells['no table'].text
     assert not cells['lines'].html
     check_table(seen(cells['lines'].text))
