@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['EVENTS', 'NO_PASS', 'Callback', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'check_events',
            'Runner', 'AvgStatsCallback', 'default_device', 'to_device', 'CudaCallback', 'BatchTransformXCallback',
-           'get_hypers', 'Recorder', 'AvgStats', 'DataBunch', 'Dataset', 'accuracy', 'batch_len', 'column_names',
-           'get_dls', 'metric_name', 'over_the_whole']
+           'get_hypers', 'Recorder', 'AvgStats', 'DataBunch', 'Dataset', 'accuracy', 'batch_len', 'binary_accuracy',
+           'column_names', 'get_dls', 'metric_name', 'over_the_whole']
 
 # %% ../nbs/04_callbacks.ipynb #a9da42e6
 import copy, difflib, numbers, re, time
 
 import torch
 
-# %% ../nbs/04_callbacks.ipynb #bddac5fa
-from .minibatch import batch_len, get_dls, metric_name, over_the_whole    # noqa: F401
-from .minibatch import AvgStats, DataBunch, Dataset, accuracy, column_names
+# %% ../nbs/04_callbacks.ipynb #18eab975
+from .minibatch import batch_len, binary_accuracy, metric_name    # noqa: F401
+from .minibatch import AvgStats, DataBunch, Dataset, accuracy, column_names, get_dls
+from .minibatch import over_the_whole
 
-_all_ = ['AvgStats', 'DataBunch', 'Dataset', 'accuracy', 'batch_len', 'column_names', 'get_dls',
-         'metric_name', 'over_the_whole']           # to be had from here, too
+_all_ = ['AvgStats', 'DataBunch', 'Dataset', 'accuracy', 'batch_len', 'binary_accuracy',
+         'column_names', 'get_dls', 'metric_name', 'over_the_whole']   # from here, too
 
 # %% ../nbs/04_callbacks.ipynb #025b35d4
 EVENTS = ('begin_fit', 'begin_epoch', 'begin_validate', 'begin_batch', 'after_pred', 'after_loss',

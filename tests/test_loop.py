@@ -14,7 +14,7 @@ from torch import nn
 from exp.annealing import ParamScheduler, annealer, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
 from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import (EVENTS, NO_PASS, AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
-                           CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, get_dls, get_hypers)
+                           CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, binary_accuracy, get_dls, get_hypers)
 from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, get_runner, init_cnn, plot_hists, plot_stats
 
 
@@ -165,6 +165,23 @@ def test_a_loader_of_ones_own_and_a_subset_see_pairs():
     for dl in (torch.utils.data.DataLoader(ds, 4), get_dls(ds, part, 2)[1], torch.utils.data.DataLoader(part, 4)):
         xb, yb = next(iter(dl))
         assert xb.equal(ds.x[yb]) and yb.tolist() == ([5, 3, 1] if dl.dataset is part else [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize('pred, yb', [((6, 1), (6,)), ((6,), (6,)), ((6, 3), (6, 3)), ((6, 3), (6, 1)), ((6, 1, 4), (6, 4))])
+def test_accuracy_of_what_has_no_largest_is_refused(pred, yb):
+    "Of one score the largest is always the first: it was the share of zeros."
+    with pytest.raises(ValueError, match='binary_accuracy'): accuracy(torch.randn(pred), torch.ones(yb))
+    assert accuracy(torch.randn(6, 3, 5, 4), torch.ones(6, 5, 4)).shape == ()          # pixels with a class each
+
+
+@pytest.mark.parametrize('shape', [(50,), (50, 1), (50, 4)])
+def test_binary_accuracy_is_torchmetrics(shape):
+    c = pytest.importorskip('torchmetrics').classification
+    g = torch.Generator().manual_seed(0)
+    pred, yb = torch.randn(shape, generator=g), torch.randint(0, 2, shape, generator=g)
+    want = c.MultilabelAccuracy(4, average='micro')(pred.sigmoid(), yb) if shape[-1] == 4 else c.BinaryAccuracy()(pred.sigmoid(), yb)
+    assert binary_accuracy(pred, yb).isclose(want) and binary_accuracy(pred, yb.float().flatten()).isclose(want)
+    assert binary_accuracy(pred.sigmoid(), yb, threshold=.5).isclose(want)
 
 
 def test_a_metric_may_give_a_plain_number():
