@@ -61,7 +61,7 @@ def read_idx(path) -> np.ndarray:
         why = f'cannot be read ({e}); delete the folder {path.parent} and call again'
         raise DataError(f'{path}: {why}') from None
 
-# %% ../nbs/01_datasets.ipynb #aba87ce3
+# %% ../nbs/01_datasets.ipynb #96b2f8e8
 def mnist(base=None):
     """MNIST: `x_train, y_train, x_valid, y_valid`; 60,000 and 10,000 pictures.
 
@@ -69,8 +69,8 @@ def mnist(base=None):
     if os.environ.get('EXP_DATA') == 'sample': parts = draw_mnist()
     else: parts = [read_idx(untar_data(URLs.MNIST, base)/f) for f in MNIST_FILES]
     x, y, xv, yv = (torch.tensor(a) for a in parts)
-    def pixels(a): return a.float().flatten(1).div_(255)           # (N, 28, 28) -> (N, 784)
-    return pixels(x), y.long(), pixels(xv), yv.long()
+    x, xv = (a.float().flatten(1).div_(255) for a in (x, xv))      # (N, 28, 28) -> (N, 784)
+    return x, y.long(), xv, yv.long()
 
 # %% ../nbs/01_datasets.ipynb #80951691
 _s3 = 'https://s3.amazonaws.com/fast-ai-imageclas/'

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-# %% ../nbs/00a_sample.ipynb #da911759
+# %% ../nbs/00a_sample.ipynb #cbd3881a
 def show_grid(images, titles, title, rows=2):
     "A grid of pictures, each with its title."
     import matplotlib.pyplot as plt
     cols = -(-len(images)//rows)
-    fig, axs = plt.subplots(rows, cols, figsize=(9.6, 1 + 1.4*rows), dpi=70, squeeze=False)
+    fig, axs = plt.subplots(rows, cols, figsize=(10.8, .7 + 2.2*rows), dpi=70, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for ax, im, t in zip(axs.flat, images, titles):
         ax.imshow(im, cmap='gray')
