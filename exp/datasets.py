@@ -282,7 +282,7 @@ def _from_mirror(name, to, mirror):
         if digest and f.is_file() and file_digest(f) == digest: return f
     raise DataError(f'the mirror {_public(mirror)} has no {name} that its SHA256SUMS vouches for')
 
-# %% ../nbs/01_datasets.ipynb #8ab5b3e3
+# %% ../nbs/01_datasets.ipynb #1766e061
 def get_archive(url, to, tries=4, folder=None):
     """The archive at `url`, from the mirror or else its address: `(path, where from)`.
 
@@ -294,11 +294,10 @@ def get_archive(url, to, tries=4, folder=None):
         except (DataError, OSError) as e: failed.append(f'mirror: {e}')
     try: return download(url, to/name, published_digest(url), tries), url
     except DataError as e: failed.append(str(e))
-    folder = folder or data_home()/data_name(url)
     raise DataError(f'{name} could not be had ({"; ".join(failed)}). Three ways out: put the '
-                    f'unpacked folder at {folder} ($FASTAI_HOME names another place); or set '
-                    f'EXP_MIRROR to a folder or address that holds {name} and SHA256SUMS; or go '
-                    'online and call again.')
+                    f'unpacked folder at {folder or data_home()/data_name(url)} ($FASTAI_HOME '
+                    f'names another place); or set EXP_MIRROR to a folder or address that holds {name} '
+                    'and SHA256SUMS; or go online and call again.')
 
 # %% ../nbs/01_datasets.ipynb #276bef8f
 def _of_this(dest, url):
@@ -309,20 +308,21 @@ def _of_this(dest, url):
     raise DataError(f'{dest} holds what came from {had}, and {_public(url)} has the same name: '
                     'move that folder away, or give another one: untar_data(url, base=…)')
 
-# %% ../nbs/01_datasets.ipynb #5b3f2fe1
+# %% ../nbs/01_datasets.ipynb #197b6445
 def _make(url, dest, tries):
     "Make the folder `dest`, in one step at the end; whoever calls holds its lock."
     tmp, fetched = (dest.with_name(f'.{dest.name}.{k}') for k in ('unpacking', 'fetched'))
+    new = tmp/dest.name
     def get(file=''): return get_archive(url + file, fetched, tries, dest)[0]
     shutil.rmtree(tmp, ignore_errors=True)                         # a killed process left it
     try:
-        if url == URLs.SAMPLE: make_sample(tmp)
+        if url == URLs.SAMPLE: make_sample(new)
         elif url == URLs.MNIST:
-            tmp.mkdir()
-            for file in MNIST_FILES: shutil.copyfile(get(file), tmp/file)
-        else: unpack(get(), tmp)
-        (tmp/'.origin.json').write_text(json.dumps({'url': _public(url)}), encoding='utf-8')
-        os.replace(tmp, dest)
+            new.mkdir(parents=True)
+            for file in MNIST_FILES: shutil.copyfile(get(file), new/file)
+        else: unpack(get(), new)
+        (new/'.origin.json').write_text(json.dumps({'url': _public(url)}), encoding='utf-8')
+        os.replace(new, dest)
         shutil.rmtree(fetched, ignore_errors=True)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
