@@ -11,8 +11,6 @@ import shutil
 import socket
 import ssl
 import struct
-import subprocess
-import sys
 import tarfile
 import threading
 import time
