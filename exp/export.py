@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['find_root', 'notebooks', 'build', 'write_all', 'differences', 'readme_text', 'main']
 
-# %% ../nbs/more/00b_exp_export.ipynb #1c2f911a
+# %% ../nbs/more/00b_exp_export.ipynb #b7cf8889
 import argparse, contextlib, difflib, os, re, shutil, sys, tempfile
 from pathlib import Path
 
 from .marks import ClassicComments, ExportError, classic_directives      # noqa: F401
-from .marks import module_name, read_notebook, scan                      # noqa: F401
+from .marks import module_name, parse, read_notebook, scan               # noqa: F401
 
 # %% ../nbs/more/00b_exp_export.ipynb #a053f881
 def find_root(start='.'):
@@ -76,7 +76,7 @@ def _written(root, nbs, todo):
         made = [f for f in sorted((copy/lib).rglob('*.py')) if f.name != '_modidx.py']
         return lib, {f.relative_to(copy): f.read_text(encoding='utf-8') for f in made}
 
-# %% ../nbs/more/00b_exp_export.ipynb #88bb5811
+# %% ../nbs/more/00b_exp_export.ipynb #76fe7da3
 def build(root, only=None):
     """What exp/ should hold: `{path relative to root: text}`. `only`: notebooks to export (all).
 
@@ -91,6 +91,7 @@ def build(root, only=None):
         if not only and _MADE in text and module not in owners:
             said = 'no notebook makes this module any more'
             raise ExportError(path, f'{said}: delete it, or bring its notebook back')
+        parse(path, text)
     return out
 
 # %% ../nbs/more/00b_exp_export.ipynb #53d4ffa5
