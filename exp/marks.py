@@ -94,7 +94,7 @@ def parse(path, source, cell=None):
     except (ValueError, RecursionError, MemoryError) as e:
         raise ExportError(path, f'{type(e).__name__}: {e}', cell) from None
 
-# %% ../nbs/00_export.ipynb #4d606f79
+# %% ../nbs/00_export.ipynb #7e092ec8
 def _code_cells(path):
     "Its cells of code: `(cell number, cell, {mark: argument})`."
     for n, cell in enumerate(read_notebook(path)['cells'], 1):
@@ -108,8 +108,8 @@ def module_name(path):
 def _exported(path):
     for n, cell, marks in _code_cells(path):
         for line, text in _lookalikes(cell['source']):
-            said = 'looks like a mark and is none: #export or #default_exp NAME, first in a cell'
-            raise ExportError(path, f'{text!r} {said}', n, line)
+            said = f'{text!r} looks like a mark and is none: #export or #default_exp NAME, on top'
+            raise ExportError(path, said, n, line)
         if not marks.keys() & {'export', 'exporti', 'exports'}: continue
         if 'id' not in cell: raise ExportError(path, 'the cell has no id: save it in Jupyter', n)
         yield n, cell['source']
