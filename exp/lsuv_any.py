@@ -18,15 +18,18 @@ from .convnets import bare
 from .lr_find import load_loader_state, loader_state, rng_state, set_rng_state, snapshot
 from .lsuv import LAYERS
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #5e3524de
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #966e1baf
 def _moments(t):
-    "`(number, mean, variance)` of all entries of `t`; in float64 where float32 cannot hold them."
+    "`(number, mean, variance)` of all entries of `t`; in float64 where float32 is too coarse."
     t = t.detach()
     if t.dtype in (torch.float16, torch.bfloat16): t = t.float()
-    mean = t.mean()
-    var = (t - mean).square_().mean().item()        # several times as fast as torch.var on a CPU
-    if t.dtype != torch.float64 and not 1e-30 < var < 1e30: return _moments(t.cpu().double())
-    return t.numel(), mean.item(), var
+    mean = t.mean().item()
+    var = t.square().mean().item() - mean*mean      # much faster than torch.var on a CPU
+    if not max(1e-30, 1e-3*mean*mean) < var < 1e30 or t.dtype == torch.float64:
+        t = t.cpu().double()
+        mean = t.mean().item()
+        var = (t - mean).square().mean().item()
+    return t.numel(), mean, var
 
 def _pool(a, b):
     "The moments of two sets of numbers taken together."
@@ -53,10 +56,11 @@ def _factor(out, bias, target):
     if s <= 0: return None, f'its bias alone has variance {var_b:.3g}, and may not be moved'
     return s, None
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #dc21508c
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #4aa38377
 def _frames(*shape, generator, dtype):
     "Random matrices (…, rows, cols) with orthonormal rows, rows ≤ cols, all directions alike."
     g = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+    if shape[-2] == 1: return g/g.norm(dim=-1, keepdim=True)        # depthwise: nothing to do
     q, r = torch.linalg.qr(g.mT)
     signs = r.diagonal(dim1=-2, dim2=-1).sgn()      # QR leaves them open; these make it fair
     return (q*signs.unsqueeze(-2)).mT
@@ -90,7 +94,7 @@ def orthonormal_(w: torch.Tensor, groups: int = 1, generator: torch.Generator = 
     o = o.view(groups, rows, cols)
     return w.copy_((o if n <= m else o.mT).reshape(w.shape))
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #c71c4bf7
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #0d5edc64
 def _why_left(w):
     "Why LSUV has to leave a weight alone, or None."
     if w is None: return 'its weight is computed from other parameters'
@@ -124,7 +128,8 @@ class _Weight:
             b = mod.bias.view(-1, *[1]*(self.w.dim() - 2))      # (C,) -> (C, 1, 1)
         s, self.failed = _factor(out, b, self.target)
         if s is None or abs(s*s - 1) < tol/10: return None
-        if not self.w.abs().max().item()*s <= torch.finfo(self.w.dtype).max:
+        lo, hi = torch.aminmax(self.w)
+        if not max(-lo, hi).item()*s <= torch.finfo(self.w.dtype).max:
             self.failed = 'its weight would overflow'
             return None
         self.w.mul_(s)
@@ -174,7 +179,7 @@ def _refill(weights, fill, generator):
     generator = generator or _seeded()
     for w in weights: w.orthonormal(fill, generator)
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #2efac2a1
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #7b81d948
 class _Passes:
     "Forward passes of `batches` (tuples of arguments) through `model`, looking at its `weights`."
     def __init__(self, model, weights, batches, train):
@@ -210,6 +215,8 @@ class _Passes:
         for w in self.weights:
             w.now = ran.get(w)
             if not w.before: w.before = w.now       # the first time: as it was found
+            gone = w.before and not w.now           # a net that chooses its way may take another
+            if gone and not w.left: w.failed = 'ran at first and not again'
         return list(ran)
 
     def set_all(self, todo, tol):
@@ -227,10 +234,9 @@ class _Passes:
         "Set in one pass, measure in another, choose new targets, until all is well."
         off = []
         for _ in range(max_trials):
+            if not todo: break
             self.set_all(todo, tol)
             self.measure()
-            for w in todo:                          # a net that chooses its way may take another
-                if w.now is None: w.failed = 'ran at first and not again'
             off = [w for w in todo if w.is_off(tol) and not w.failed and w.retarget()]
             todo = [w for w in todo if not w.left]
             if not off: break
