@@ -14,15 +14,15 @@ from torch import nn
 from .convnets import Hooks
 from .lr_find import snapshot
 
-# %% ../nbs/07a_lsuv.ipynb #e3dcd96f
+# %% ../nbs/07a_lsuv.ipynb #1967f2b3
 @torch.no_grad()
 def to_unit_std(layer: nn.Module, out: torch.Tensor) -> tuple:
     """Divide the weight of `layer` by the standard deviation of its output `out`, if that gives a
     finite weight. Returns the output as it is then, for a bias of zero, and what was found."""
     std = out.float().std()
-    weight = layer.weight/std
-    if std.isfinite() and weight.isfinite().all():
-        layer.weight.copy_(weight)
+    largest = layer.weight.norm(math.inf)/std
+    if std.isfinite() and largest.isfinite():
+        layer.weight /= std
         out = out/std
     return out, std.item()
 

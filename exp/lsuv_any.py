@@ -73,7 +73,7 @@ def _block(rows, cols, qr_limit):
 
 def _seeded(): return torch.Generator().manual_seed(torch.randint(2**62, ()).item())
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #6329ddba
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #0acc16aa
 @torch.no_grad()
 def orthonormal_(w: torch.Tensor, groups: int = 1, generator: torch.Generator = None,
                  qr_limit: float = 3e6) -> torch.Tensor:
@@ -90,9 +90,11 @@ def orthonormal_(w: torch.Tensor, groups: int = 1, generator: torch.Generator = 
     q = _block(rows, cols, qr_limit)
     a = _frames(groups, q, rows//q, cols//q, **new).transpose(1, 2)        # (groups, a, i, j)
     b = _frames(groups, cols//q, q, q, **new).transpose(1, 2)              # (groups, i, j, d)
-    o = a.contiguous().unsqueeze(-1)*b.contiguous().unsqueeze(1)           # (groups, a, i, j, d)
-    o = o.view(groups, rows, cols)
-    return w.copy_((o if n <= m else o.mT).reshape(w.shape))
+    full = w if w.is_contiguous() else torch.empty_like(w, memory_format=torch.contiguous_format)
+    o = full.view(groups, n, m) if n <= m else full.view(groups, n, m).mT  # (groups, rows, cols)
+    o = o.unflatten(2, (-1, q)).unflatten(1, (-1, q))                      # (groups, a, i, j, d)
+    torch.mul(a.unsqueeze(-1).to(w.device), b.unsqueeze(1).to(w.device), out=o)
+    return w if full is w else w.copy_(full)
 
 # %% ../nbs/more/07b_lsuv_any_net.ipynb #0d5edc64
 def _why_left(w):
