@@ -119,7 +119,6 @@ def once_arms(seeds): return itertools.product(('kaiming', 'lsuv', 'batch'), ran
 def once_run(start, seed, steps=(0, 100, 1000)):
     """1,000 steps of plain20 on 60,000 digits at a constant rate. By layer: std of the convolution's output, of what the layer hands on (after the ReLU, and the norm
     where there is one), and the root mean square of the channels' means of that."""
-    torch.set_grad_enabled(True)
     ds, _ = digits(60_000)
     data = DataBunch(*get_dls(ds, ds, 16, seed=seed), c_in=1, c_out=10)
     torch.manual_seed(seed)
@@ -136,9 +135,10 @@ def once_run(start, seed, steps=(0, 100, 1000)):
         return {k: ' '.join(map(shown, v)) for k, v in by_layer.items()}
     batches = itertools.islice((b for _ in range(2) for b in data.train_dl), steps[-1] + 1)
     for step, (xb, yb) in enumerate(batches):
+        seen = look() if step in steps else None
         loss = F.cross_entropy(model(xb), yb)
         losses.append(loss.item())
-        if step in steps: yield {'step': step, 'loss': shown(statistics.mean(losses[-20:])), **look()}
+        if seen: yield {'step': step, 'loss': shown(statistics.mean(losses[-20:])), **seen}
         loss.backward()
         opt.step()
         opt.zero_grad()
