@@ -1,12 +1,18 @@
-"""What `lsuv_init` costs in forward passes: torchvision nets, 16 pictures of 64 px, training mode; the first row is one forward pass."""
+"""What LSUV costs in forward passes: torchvision nets, 16 pictures of 64 px, training mode; the first row is one forward pass.
+
+`lsuv_init` (one pass; torch's QR for the orthonormal matrices, or woven ones) and `lsuv_any` (statistics before, woven matrices, the pass that sets, the pass that checks)."""
 from functools import partial
 
+NETS = {'lsuv18': 'resnet18', 'lsuv11': 'vgg11', 'lsuv50': 'resnet50', 'lsuv_mobilenet': 'mobilenet_v2', 'lsuv_efficientnet': 'efficientnet_b0',
+        'lsuv_squeezenet': 'squeezenet1_1', 'lsuv_densenet': 'densenet121', 'lsuv_convnext': 'convnext_tiny'}
 
-def lsuv(name, step_by_step=False):
-    "`lsuv_init` whole (statistics before, orthonormal matrices, the one pass, statistics after) beside one forward pass of the net `name`."
+
+def lsuv(name):
+    "LSUV whole beside one forward pass of the net `name`."
     import torch
     import torchvision
     from exp.lsuv import lsuv_init
+    from exp.lsuv_any import lsuv_any, orthonormal_
     torch.manual_seed(0)
     model, x = getattr(torchvision.models, name)(weights=None), torch.randn(16, 3, 64, 64)
 
@@ -15,7 +21,7 @@ def lsuv(name, step_by_step=False):
 
     @torch.no_grad()
     def reference(tol=.01, max_trials=10):
-        "Algorithm 1 as written: a whole forward pass for each layer and trial; without the orthonormal matrices."
+        "Algorithm 1 as printed: a whole forward pass for each layer and trial; without the orthonormal matrices."
         stats = {}
         def look(mod, args, out): stats['var'] = out.var().item()
         for m in [m for m in model.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]:
@@ -27,8 +33,11 @@ def lsuv(name, step_by_step=False):
                 m.weight.div_(stats['var']**.5)
             handle.remove()
 
-    work = {f'{name}: a forward pass': forward, f'{name}: lsuv_init': lambda: lsuv_init(model, x)}
-    return {**work, f'{name}: layer by layer': reference} if step_by_step else work
+    work = {f'{name}: a forward pass': forward, f'{name}: lsuv_any': lambda: lsuv_any(model, x),
+            f'{name}: lsuv_init, woven': lambda: lsuv_init(model, x, orthonormal=orthonormal_)}
+    if name != 'vgg11': work[f'{name}: lsuv_init'] = lambda: lsuv_init(model, x)          # QR of 4,096 × 25,088: a minute
+    if name == 'resnet18': work[f'{name}: layer by layer'] = reference
+    return work
 
 
-BENCHMARKS = {'lsuv18': partial(lsuv, 'resnet18', step_by_step=True), 'lsuv11': partial(lsuv, 'vgg11'), 'lsuv50': partial(lsuv, 'resnet50')}
+BENCHMARKS = {k: partial(lsuv, name) for k, name in NETS.items()}

@@ -22,7 +22,7 @@ from exp.batchnorm import conv_layer
 from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, accuracy, get_dls
 from exp.convnets import Lambda, flatten, get_cnn_model, get_runner, init_cnn
 from exp.datasets import URLs, mnist, untar_data
-from exp.lsuv import lsuv_init, orthonormal_
+from exp.lsuv_any import lsuv_any, orthonormal_
 
 CSV = Path(__file__).with_suffix('.csv')
 KEYS = ['data', 'net', 'norm', 'lr', 'seed', 'init']
@@ -69,8 +69,8 @@ def run(name, sets, net, norm, lr, seed, init):
     else: model = plain22(data.c_in, 10, bn)
     if init == 'kaiming': init_cnn(model)
     g = torch.Generator().manual_seed(seed)
-    if init == 'lsuv': lsuv_init(model, sets[0].x[:256], generator=g)
-    if init == 'lsuv-woven': lsuv_init(model, sets[0].x[:256], orthonormal=partial(orthonormal_, qr_limit=0), generator=g)
+    if init == 'lsuv': lsuv_any(model, sets[0].x[:256], generator=g)
+    if init == 'lsuv-woven': lsuv_any(model, sets[0].x[:256], orthonormal=partial(orthonormal_, qr_limit=0), generator=g)
     sched = combine_scheds([.3, .7], cos_1cycle_anneal(lr/3, lr, lr/10))
     st = AvgStatsCallback(accuracy, silent=True)
     t = time.perf_counter()

@@ -29,7 +29,7 @@ from exp.convnets import keep_freed_memory
 from exp.data_block import ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler, to_byte_tensor
 from exp.datasets import URLs, untar_data
 from exp.learner import Learner
-from exp.lsuv import lsuv_init
+from exp.lsuv_any import lsuv_any
 from exp.optimizers import norm_bias_groups, sgd_mom_opt
 from exp.xresnet import PLAIN, MaxBlurPool, XResNet
 
@@ -73,7 +73,7 @@ def run_arm(claim, arm, seed, lr, train, valid, epochs):
     norm = NormalizeBytes.fit(train)
     torch.manual_seed(seed)
     model = XResNet(c_out=10, width=WIDTH, **options).to(memory_format=torch.channels_last)
-    if lsuv: lsuv_init(model, norm(train.x[::max(1, len(train)//128)][:128]), generator=torch.Generator().manual_seed(seed))
+    if lsuv: lsuv_any(model, norm(train.x[::max(1, len(train)//128)][:128]), generator=torch.Generator().manual_seed(seed))
     train_dl, _ = get_dls(train, valid, BS, seed=seed, drop_last=False)
     valid_dl = get_dls(valid, valid, 128)[1]
     st = AvgStatsCallback(accuracy, silent=True)
