@@ -236,14 +236,14 @@ def first_batch(dl):
         here.num_workers = here.timeout = 0
         return next(iter(here))
 
-# %% ../nbs/08_data_block.ipynb #e6286fa4
+# %% ../nbs/08_data_block.ipynb #26b264d9
 def choose_workers(ds, num_workers=None, start=None) -> int:
     """`num_workers`, or for None a process a core, at most 8; 0, with a warning, where processes
     that do not start as copies of this one (Windows, macOS) would not find something in `ds`."""
     n = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
     if not n or (start or torch.multiprocessing.get_start_method()) == 'fork': return n
     in_notebook = not hasattr(sys.modules['__main__'], '__file__')
-    try: lost = in_notebook and b'__main__' in pickle.dumps(ds) and 'what this notebook defines'
+    try: lost = b'__main__' in pickle.dumps(ds) and in_notebook and 'what this notebook defines'
     except Exception as e: lost = e
     if not lost: return n
     warnings.warn(f'loading without worker processes: they would not find {lost}', stacklevel=4)
