@@ -30,14 +30,14 @@ def read_rows(table):
     except csv.Error as e: why = e
     raise DataError(f'{table} cannot be read: {why}')
 
-# %% ../nbs/more/08c_tables.ipynb #9a0bb097
+# %% ../nbs/more/08c_tables.ipynb #04caf1a4
 def _missing(v):
-    "Whether the cell `v` is empty: None, NaN, which differs from itself, or NA, which will not say."
+    "Whether the cell `v` is empty: None; NaN, which differs from itself; NA, which will not say."
     try: return v is None or bool(v != v)
     except TypeError: return True
 
 def read_table(table, key: str, value: str) -> dict:
-    """Two columns of a csv file, or of a pandas DataFrame, as `{key: value}`, all text; empty is ''.
+    """Two columns of a csv file, or a pandas DataFrame, as `{key: value}`, all text; empty is ''.
 
     Raises `DataError`, also where two rows of one key differ; `ValueError` for a missing column."""
     columns, rows = read_rows(table)
@@ -67,7 +67,7 @@ def _found(il, table):
     paths = [o if isinstance(o, (str, Path)) else item_key(il, i) for i, o in enumerate(il.items)]
     return [find_row(table, p) for p in paths]
 
-# %% ../nbs/more/08c_tables.ipynb #70b41829
+# %% ../nbs/more/08c_tables.ipynb #b4e132db
 def split_by_names(il: ItemList, names) -> SplitData:
     """The files in `names` are for validation: paths below the folder, or just the files' names.
 
@@ -75,13 +75,14 @@ def split_by_names(il: ItemList, names) -> SplitData:
     table = {str(n): str(n) for n in names}
     hits = _found(il, table)
     lost = sorted(set(table) - set(hits))
-    if lost: raise DataError(f'{len(lost)} of {len(table)} names are no items: {", ".join(lost[:5])}')
+    if lost:
+        raise DataError(f'{len(lost)} of {len(table)} names are no items: {", ".join(lost[:5])}')
     return SplitData.split_by_mask(il, [h is not None for h in hits])
 
-# %% ../nbs/more/08c_tables.ipynb #2dc9bd9f
+# %% ../nbs/more/08c_tables.ipynb #08d821d4
 _YES = 'true', '1', '1.0', 'yes', 'valid', 'val', 'validation'
 
-def split_by_csv(il: ItemList, table, name_col: str = 'name', valid_col: str = 'is_valid') -> SplitData:
+def split_by_csv(il: ItemList, table, name_col='name', valid_col='is_valid') -> SplitData:
     """By a column of a csv file or DataFrame: true, 1, yes, valid or val is validation.
 
     Raises `DataError` for a file with no row."""
@@ -101,10 +102,10 @@ def k_folds(il: ItemList, k: int = 5, seed: int = 42) -> list:
     fold[item_draws(il, seed).argsort(kind='stable')] = np.arange(len(il)) % k
     return [SplitData.split_by_mask(il, fold == i) for i in range(k)]
 
-# %% ../nbs/more/08c_tables.ipynb #add343cd
+# %% ../nbs/more/08c_tables.ipynb #a5604720
 class RegexLabeler:
-    """The first group of the regular expression `pat`, searched for in the file's path (with forward
-    slashes); None where it does not match."""
+    """The first group of the regular expression `pat`, searched for in the file's path (with
+    forward slashes); None where it does not match."""
     def __init__(self, pat: str): self.pat = re.compile(pat)
     def __call__(self, fn):
         m = self.pat.search(Path(fn).as_posix())
@@ -122,9 +123,9 @@ class TableLabeler:
         if text is None or self.delim is None: return text
         return [l.strip() for l in text.split(self.delim) if l.strip()]
 
-# %% ../nbs/more/08c_tables.ipynb #35e6460e
+# %% ../nbs/more/08c_tables.ipynb #3c9f985c
 def _labels(item):
-    "The labels of one item, plain. Raises `DataError` where it is no list; a text is one of letters."
+    "The labels of one item, a list. Raises `DataError` for what is none; a text is one of letters."
     o = to_plain(item)
     if hasattr(o, '__iter__') and not isinstance(o, (str, bytes)): return [to_plain(l) for l in o]
     raise DataError(f'a list of labels is wanted for each item, not {o!r} (TableLabeler with '
@@ -145,10 +146,10 @@ class MultiCategoryProcessor(CategoryProcessor):
         p = pred.sigmoid()
         return self.deproc1(p), p
 
-# %% ../nbs/more/08c_tables.ipynb #da794f16
+# %% ../nbs/more/08c_tables.ipynb #48a864ad
 class NumberProcessor(Processor):
-    """Numbers, or lists of them, to float32 tensors for regression; with `standardise` to mean 0 and
-    standard deviation 1 per column. Raises `DataError` for what is no number, or not finite."""
+    """Numbers, or lists of them, to float32 tensors for regression; with `standardise` to mean 0
+    and standard deviation 1 per column. `DataError`: what is no number, or not finite."""
     def __init__(self, standardise: bool = False):
         self.standardise, self.mean, self.std = standardise, 0., 1.
 
@@ -172,17 +173,15 @@ class NumberProcessor(Processor):
         "Of one prediction (C,): the numbers in their own units, and the prediction as it is."
         return self.deproc1(pred.squeeze()), pred
 
-# %% ../nbs/more/08c_tables.ipynb #d032fb18
+# %% ../nbs/more/08c_tables.ipynb #9aa0e721
 def default_processor(labels) -> Processor:
-    """A processor by the look of the labels: text, whole numbers → `CategoryProcessor`; lists of text
-    → `MultiCategoryProcessor`; lists of numbers, and fractions → `NumberProcessor`.
+    """A processor by the look of the labels: text, whole numbers → `CategoryProcessor`; lists of
+    text → `MultiCategoryProcessor`; lists of numbers, and fractions → `NumberProcessor`.
 
     Arrays and tensors count as the lists and numbers that they hold."""
     plain = [to_plain(l) for l in labels]
     lists = [l for l in plain if isinstance(l, (list, tuple, set))]
-    if lists:
-        words = [w for l in lists for w in l if isinstance(w, str)]
-        return MultiCategoryProcessor() if words or not any(lists) else NumberProcessor()
-    fractions = any(isinstance(l, float) for l in plain)
-    numbers = all(isinstance(l, (int, float)) for l in plain if l is not None)
-    return NumberProcessor() if fractions and numbers else CategoryProcessor()
+    kinds = {type(o) for l in lists or [plain] for o in l} - {type(None)}
+    numbers = kinds <= {int, float, bool}
+    if lists: return NumberProcessor() if kinds and numbers else MultiCategoryProcessor()
+    return NumberProcessor() if numbers and float in kinds else CategoryProcessor()
