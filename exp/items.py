@@ -7,9 +7,9 @@ __all__ = ['image_extensions', 'listed', 'get_files', 'open_image', 'make_rgb', 
            'to_float_tensor', 'show_image', 'show_images', 'step_name', 'describe', 'same_draws', 'pick',
            'ListContainer', 'compose', 'ItemList', 'item_key', 'ImageList', 'walk', 'NormalizeBytes']
 
-# %% ../nbs/07c_items.ipynb #c38ca549
+# %% ../nbs/07c_items.ipynb #df780805
 import copy, os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +55,7 @@ def get_files(path, extensions=None, recurse: bool = False, include=None) -> lis
     found = (f for r in roots for f in _walk(r, recurse))
     return [f for f in found if not endings or f.suffix.lower() in endings]
 
-# %% ../nbs/07c_items.ipynb #06ecc0de
+# %% ../nbs/07c_items.ipynb #ec83c17c
 def open_image(fn) -> Image.Image:
     """The picture in `fn`, a path or an open file: decoded whole, upright as its EXIF says.
 
@@ -63,7 +63,7 @@ def open_image(fn) -> Image.Image:
     try:
         with Image.open(fn) as im:
             im.load()
-            ImageOps.exif_transpose(im, in_place=True)
+            with suppress(Exception): ImageOps.exif_transpose(im, in_place=True)   # garbage in EXIF
             return im
     except Exception as e:                                       # Pillow raises a dozen kinds
         raise DataError(f'{fn}: no readable picture ({e})') from None
