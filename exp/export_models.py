@@ -28,14 +28,16 @@ TRAVELS = {
     'exp.callbacks': 'BatchTransformXCallback',
     'exp.convnets': 'GeneralRelu Lambda flatten',
     'exp.batchnorm': 'BatchNorm RunningBatchNorm',
-    'exp.data_block': 'ItemList ImageList open_image make_rgb ResizeFixed to_byte_tensor '
-                      'to_float_tensor NormalizeBytes CategoryProcessor',
+    'exp.items': 'ItemList ImageList open_image make_rgb ResizeFixed to_byte_tensor '
+                 'to_float_tensor NormalizeBytes',
+    'exp.data_block': 'CategoryProcessor',
     'exp.pictures': 'open_picture any_rgb',
     'exp.tables': 'MultiCategoryProcessor NumberProcessor',
     'exp.transforms': 'GeneralCrop CenterCrop Resize np_to_float',
     'exp.xresnet': 'SqueezeExcite ResBlock MaxBlurPool SelfAttention XResNet'}
-_MOVED = {f'exp.data_block.{name}': f'exp.tables.{name}'       # older files know them by these names
-          for name in ('MultiCategoryProcessor', 'NumberProcessor')}
+_MOVED = {f'exp.data_block.{name}': f'{module}.{name}'           # so older files call them
+          for module in ('exp.items', 'exp.tables') for name in TRAVELS[module].split()}
+_MOVED['exp.data_block.make_rgb'] = 'exp.pictures.any_rgb'      # which it was
 _YOURS = {}
 
 def register(*things):
@@ -147,8 +149,10 @@ def unpack_data(s, c_in, c_out):
     if not (isinstance(cls, type) and issubclass(cls, ItemList)):
         raise CheckpointError(f'{s["list"]} is no list of items')
     x = cls([], '.', unpack(s['tfms']))
-    opener, options = s.get('open'), s.get('options') or {}
-    if s.get('max_pixels'): opener, options = 'exp.pictures.open_picture', {'max_pixels': s['max_pixels']}
+    opener, options = s.get('open'), s.get('options', {})
+    if 'max_pixels' in s:                                  # an older file
+        opener = 'exp.pictures.open_picture'
+        options = {'max_pixels': s['max_pixels'], 'fast': True}
     if opener: x.open = partial(find(opener), **options)
     labels, items = SimpleNamespace(y=Words(unpack(s['procs']))), SimpleNamespace(x=x)
     return ItemBunch(None, None, c_in, c_out, SimpleNamespace(train=labels, valid=items))
