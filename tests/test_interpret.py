@@ -455,7 +455,7 @@ def test_predicts(folder, learn, model, tmp_path, data_home):
     r = predict(model, big, folder/'val', tmp_path/'broken.jpg', tmp_path/'none.png', f'{folder}/train/zebra/[01].png', '--json', tmp_path/'r.json', '--bs', 4, '--device', 'cpu', home=data_home)
     rows, errors = [l.split('\t') for l in r.stdout.splitlines()], r.stderr.splitlines()
     assert r.returncode == 1 and len(rows) == 1 + 15 + 2 and len(errors) == 2 and all(e.startswith('exp-predict: ') for e in errors)
-    assert 'broken.jpg' in errors[0] and 'none.png: no such file' in errors[1] and 'Traceback' not in r.stderr
+    assert 'broken.jpg' in errors[0] and 'none.png' in errors[1] and 'such file' in errors[1] and 'Traceback' not in r.stderr
     assert [row[0] for row in rows[:2] + rows[-2:]] == [str(big), str(folder/'val/n01440764/0.png'), str(folder/'train/zebra/0.png'), str(folder/'train/zebra/1.png')]
     for f, name, p in rows:
         label, probs = learn.predict(f)

@@ -690,7 +690,7 @@ SAME = '''
     from pathlib import Path
     def run(workers):
         set_seed(0)
-        learn = get_learner([8, 8], items(Path(sys.argv[1]), 12, Flip(), size=16).to_databunch(16, seed=0, num_workers=workers), .1, conv_layer, cbs=BatchTransformXCallback(lambda x: x.float()/255)).fit_one_cycle(2)
+        learn = get_learner([8, 8], items(Path(sys.argv[1]), 12, Flip(), size=16).to_databunch(16, seed=0, num_workers=workers, make_dl=fast_dl), .1, conv_layer, cbs=BatchTransformXCallback(lambda x: x.float()/255)).fit_one_cycle(2)
         return hashlib.sha256(b''.join(t.numpy().tobytes() for t in learn.model.state_dict().values())).hexdigest()
     print(run(0), run(0), run(2))
 '''

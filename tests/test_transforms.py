@@ -2,6 +2,7 @@
 import math
 import multiprocessing
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
