@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['ONLY_WORKERS', 'grandparent_splitter', 'split_by_func', 'item_draws', 'SplitData', 'to_plain', 'Processor',
-           'CategoryProcessor', 'parent_labeler', 'ProcessedItemList', 'LabeledData', 'label_by_func', 'first_batch',
-           'item_dl', 'choose_workers', 'last_proc', 'ItemBunch', 'infer_c_out', 'infer_c_in', 'databunchify',
-           'decoded', 'DataBunch', 'ImageList', 'ItemList', 'ListContainer', 'NormalizeBytes', 'ResizeFixed', 'compose',
-           'describe', 'get_files', 'image_extensions', 'item_key', 'listed', 'make_rgb', 'open_image', 'pick',
-           'same_draws', 'show_image', 'show_images', 'step_name', 'to_byte_tensor', 'to_float_tensor', 'walk']
+           'CategoryProcessor', 'parent_labeler', 'ProcessedItemList', 'LabeledData', 'label_by_func', 'item_dl',
+           'first_batch', 'choose_workers', 'last_proc', 'ItemBunch', 'infer_c_out', 'infer_c_in', 'databunchify',
+           'decoded', 'DataBunch', 'ImageList', 'ItemList', 'ListContainer', 'NormalizeBytes', 'ResizeFixed',
+           'get_files', 'image_extensions', 'make_rgb', 'open_image', 'show_image', 'show_images', 'to_byte_tensor',
+           'to_float_tensor']
 
-# %% ../nbs/08_data_block.ipynb #55caaabf
+# %% ../nbs/08_data_block.ipynb #b966c243
 import copy, hashlib, os, pickle, sys, warnings
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,10 @@ from .items import (ImageList, ItemList, ListContainer, NormalizeBytes, ResizeFi
                        to_byte_tensor, to_float_tensor, walk)
 
 _all_ = ['DataBunch', 'ImageList', 'ItemList', 'ListContainer', 'NormalizeBytes', 'ResizeFixed',
-         'compose', 'describe', 'get_files', 'image_extensions', 'item_key', 'listed', 'make_rgb',
-         'open_image', 'pick', 'same_draws', 'show_image', 'show_images', 'step_name',
-         'to_byte_tensor', 'to_float_tensor', 'walk']            # to be had from here, too
+         'get_files', 'image_extensions', 'make_rgb', 'open_image', 'show_image', 'show_images',
+         'to_byte_tensor', 'to_float_tensor']                    # to be had from here, too
 
-# %% ../nbs/08_data_block.ipynb #8694c4e8
+# %% ../nbs/08_data_block.ipynb #0fe717af
 def grandparent_splitter(fn, valid_name='valid', train_name='train'):
     "True for a file two folders below `valid_name`, False below `train_name`, else None: neither."
     gp = os.path.basename(os.path.dirname(os.path.dirname(fn)))
@@ -44,6 +43,7 @@ def split_by_func(items, f):
     train = pick(items, [s is not None and not s for s in sides])
     return train, pick(items, [bool(s) for s in sides])
 
+# %% ../nbs/08_data_block.ipynb #54adce48
 def item_draws(il, seed) -> np.ndarray:
     "A number in 0–1 for each item, from its name and `seed` alone."
     names = (f'{seed}/{item_key(il, i)}'.encode('utf-8', 'surrogateescape') for i in range(len(il)))
@@ -92,7 +92,7 @@ class SplitData:
     def summary(self, i: int = 0, pictures: bool = True): self.train.summary(i, pictures)
     def __repr__(self): return f'train: {self.train}\nvalid: {self.valid}\ntest: {self.test}'
 
-# %% ../nbs/08_data_block.ipynb #71bfc337
+# %% ../nbs/08_data_block.ipynb #827a74d5
 def to_plain(o):
     "Arrays and tensors as lists and numbers of Python; anything else as it is."
     return o.tolist() if hasattr(o, 'tolist') else o
@@ -113,6 +113,7 @@ class Processor:
         return [self.proc1(o) for o in items]
     def deprocess(self, items): return [self.deproc1(o) for o in items]
 
+# %% ../nbs/08_data_block.ipynb #def1ea68
 class CategoryProcessor(Processor):
     """Labels to the numbers of classes. `vocab`: the sorted labels of the training set, unless
     given. A label that is not in it raises `DataError`."""
@@ -217,16 +218,7 @@ def label_by_func(sd, f, proc_x=None, proc_y=None) -> SplitData:
     sides = [LabeledData.label_by_func(il, f, proc_x, proc_y) for il in (sd.train, sd.valid)]
     return type(sd)(*sides, sd.test)
 
-# %% ../nbs/08_data_block.ipynb #c9288705
-def first_batch(dl):
-    "The coming batch of a loader, loaded here and now. The loader stays where it is."
-    if hasattr(dl, 'first'): return dl.first()
-    with same_draws(dl):
-        here = copy.copy(dl)
-        here.num_workers = here.timeout = 0
-        return next(iter(here))
-
-# %% ../nbs/08_data_block.ipynb #39fbddcd
+# %% ../nbs/08_data_block.ipynb #f05fa783
 def item_dl(ds, bs: int, shuffle=False, seed=None, num_workers=0, drop_last=False, **kwargs):
     """Torch's `DataLoader` over a `LabeledData`, or an `ItemList`: batches `(xb, yb)`, or `xb`.
 
@@ -236,13 +228,22 @@ def item_dl(ds, bs: int, shuffle=False, seed=None, num_workers=0, drop_last=Fals
     return DataLoader(ds, bs, shuffle, num_workers=num_workers, drop_last=drop_last,
                       generator=torch.Generator().manual_seed(seed), **kwargs)
 
+def first_batch(dl):
+    "The coming batch of a loader, loaded here and now. The loader stays where it is."
+    if hasattr(dl, 'first'): return dl.first()
+    with same_draws(dl):
+        here = copy.copy(dl)
+        here.num_workers = here.timeout = 0
+        return next(iter(here))
+
+# %% ../nbs/08_data_block.ipynb #26b264d9
 def choose_workers(ds, num_workers=None, start=None) -> int:
     """`num_workers`, or for None a process a core, at most 8; 0, with a warning, where processes
     that do not start as copies of this one (Windows, macOS) would not find something in `ds`."""
     n = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
     if not n or (start or torch.multiprocessing.get_start_method()) == 'fork': return n
     in_notebook = not hasattr(sys.modules['__main__'], '__file__')
-    try: lost = in_notebook and b'__main__' in pickle.dumps(ds) and 'what this notebook defines'
+    try: lost = b'__main__' in pickle.dumps(ds) and in_notebook and 'what this notebook defines'
     except Exception as e: lost = e
     if not lost: return n
     warnings.warn(f'loading without worker processes: they would not find {lost}', stacklevel=4)
@@ -289,7 +290,7 @@ class ItemBunch(DataBunch):
         return (f'{n:,} training and {m:,} validation items, {words}\n'
                 f'a batch: {describe(xb)}; its targets: {describe(yb)}')
 
-# %% ../nbs/08_data_block.ipynb #be20551f
+# %% ../nbs/08_data_block.ipynb #e6f7a9de
 def infer_c_out(train):
     """How many numbers answer for an item of a `LabeledData`: the size of the vocabulary, or of one
     target. Raises `DataError` where there is one class only."""
@@ -305,6 +306,7 @@ def infer_c_in(dl):
     xb = b[0] if isinstance(b, (tuple, list)) else b
     return xb.shape[1] if np.ndim(xb) == 4 else None
 
+# %% ../nbs/08_data_block.ipynb #fc363481
 ONLY_WORKERS = 'prefetch_factor', 'persistent_workers', 'multiprocessing_context', 'timeout'
 
 def databunchify(sd, bs: int, c_in=None, c_out=None, *, num_workers=None, seed=None,

@@ -48,8 +48,10 @@ def spread_lrs(lr, n: int) -> list:
 # %% ../nbs/09b_learner.ipynb #e30724e2
 def split_batch(b):
     "`(xb, yb)` of what a loader gives; a batch without targets gets an empty `yb`."
+    labelled = isinstance(b, dict) and {'label', 'labels', 'target'} & {*b}    # by other libraries
+    if labelled or isinstance(b, (list, tuple)) and len(b) > 2:
+        raise ValueError(f'a batch of {len(b)} parts: make it (inputs, targets), by collate_fn')
     if not isinstance(b, (list, tuple)): return b, torch.empty(0)
-    if len(b) > 2: raise ValueError(f'a batch of {len(b)} parts: (inputs, targets) is wanted')
     return (b[0], b[1]) if len(b) > 1 else (b[0], torch.empty(0))
 
 def join_batches(parts):

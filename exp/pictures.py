@@ -37,14 +37,14 @@ def _scale(mode, raw):
     if ';16' in mode or top > 255*over: return 1/256
     return 255 if mode == 'F' and top <= over else 1
 
-# %% ../nbs/more/08a_pictures.ipynb #ee7c30bf
+# %% ../nbs/more/08a_pictures.ipynb #9dd359d3
 _limit = threading.Lock()
 
 @contextmanager
 def _pixel_limit(n):
     """Pillow's guard against decompression bombs set to `n` pixels inside, and put back after.
 
-    Pillow has one for the whole program: who opens a picture meanwhile, in a thread, sees it too."""
+    Pillow has one for the whole program: who opens pictures meanwhile, in a thread, sees it."""
     with _limit:
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, n
         try: yield
@@ -65,7 +65,7 @@ def fast_decoder():
     a, b = np.asarray(Image.open(buf), int), np.asarray(simplejpeg.decode_jpeg(buf.getvalue()), int)
     return simplejpeg if a.shape == b.shape and abs(a - b).mean() <= 2 else None
 
-# %% ../nbs/more/08a_pictures.ipynb #d6a1d297
+# %% ../nbs/more/08a_pictures.ipynb #16efec81
 def _turned(im):
     "Does its EXIF or XMP say that the camera was not held upright? Garbage there says nothing."
     try: return im.getexif().get(0x0112, 1) != 1
@@ -77,6 +77,7 @@ def _plain(size, space, draft, max_pixels):
     to_draft = draft and min(size) >= 2*draft
     return space in ('Gray', 'YCbCr') and size[0]*size[1] <= most and not to_draft
 
+# %% ../nbs/more/08a_pictures.ipynb #174be690
 def _open_fast(fn, draft, max_pixels):
     """A grey or colour JPEG that lies upright, with nothing to draft, as a PIL image. None for all
     others, and for broken files: they are Pillow's."""
