@@ -48,7 +48,7 @@ def _bare(ds, bs):
 
 def _ours(ds, bs):
     from exp.callbacks import AvgStatsCallback, DataBunch, accuracy
-    from exp.data_block import ItemLoader
+    from exp.fast_batches import ItemLoader
     from exp.distributed import Distributed
     from exp.learner import Learner
     from exp.optimizers import sgd_mom_opt

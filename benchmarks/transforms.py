@@ -51,7 +51,8 @@ def crops(bs=64, nw=2, size=128):
     "RandomResizedCrop (0.35) and flip on Pillow, the 3,925 validation pictures of Imagenette-160 as bytes, 2 workers kept from turn to turn: one pass."
     import torch
     from benchmarks.data_block import _imagenette
-    from exp.data_block import CategoryProcessor, ImageList, ItemLoader, LabeledData, make_rgb, parent_labeler, to_byte_tensor
+    from exp.data_block import CategoryProcessor, ImageList, LabeledData, make_rgb, parent_labeler, to_byte_tensor
+    from exp.fast_batches import ItemLoader
     from exp.transforms import PilRandomFlip, RandomResizedCrop
     path, loaders = _imagenette()/'val', {'torchvision v2': None}
     try:
@@ -60,7 +61,7 @@ def crops(bs=64, nw=2, size=128):
         ds = ImageFolder(path, v2.Compose([v2.RandomResizedCrop(size, scale=(.35, 1)), v2.RandomHorizontalFlip(), v2.PILToTensor()]))
         loaders['torchvision v2'] = torch.utils.data.DataLoader(ds, bs, shuffle=True, num_workers=nw, persistent_workers=True)
     except ImportError: pass
-    il = ImageList.from_files(path, tfms=[make_rgb, RandomResizedCrop(size, .35), PilRandomFlip(), to_byte_tensor], fast=False)      # Pillow decodes for both
+    il = ImageList.from_files(path, tfms=[make_rgb, RandomResizedCrop(size, .35), PilRandomFlip(), to_byte_tensor])                  # Pillow decodes for both
     loaders['exp'] = ItemLoader(LabeledData.label_by_func(il, parent_labeler, proc_y=CategoryProcessor()), bs, True, 0, num_workers=nw)
 
     def work(dl):

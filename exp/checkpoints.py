@@ -86,7 +86,7 @@ class Rest:
 def _digest(items):
     "A number that stands for the names of `items` in their order."
     h = hashlib.blake2b(digest_size=8)
-    for i in range(len(items)): h.update(f'{items._name(i)}\0'.encode('utf-8', 'surrogateescape'))
+    for i in range(len(items)): h.update(f'{items.name(i)}\0'.encode('utf-8', 'surrogateescape'))
     return h.hexdigest()
 
 def data_facts(data) -> dict:

@@ -26,7 +26,7 @@ from torch.utils.data.distributed import DistributedSampler
 from .batchnorm import BatchNorm, RunningBatchNorm
 from .callbacks import AvgStatsCallback, Callback, CancelBatchException, CancelEpochException, CancelFitException, batch_len
 from .checkpoints import Checkpoint
-from .data_block import ItemLoader
+from .fast_batches import ItemLoader
 from .learner import CancelStepException
 from .lr_find import load_loader_state, loader_state, rng_state, set_rng_state
 from .progress import ProgressCallback

@@ -8,6 +8,7 @@ __all__ = ['TRAVELS', 'HOLDS', 'register', 'find', 'name_of', 'pack', 'unpack', 
 
 # %% ../nbs/more/09h_export_models.ipynb #b41ef11f
 import importlib
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,10 +28,16 @@ TRAVELS = {
     'exp.callbacks': 'BatchTransformXCallback',
     'exp.convnets': 'GeneralRelu Lambda flatten',
     'exp.batchnorm': 'BatchNorm RunningBatchNorm',
-    'exp.data_block': 'ItemList ImageList make_rgb ResizeFixed to_byte_tensor to_float_tensor '
-                      'NormalizeBytes CategoryProcessor MultiCategoryProcessor NumberProcessor',
+    'exp.items': 'ItemList ImageList open_image make_rgb ResizeFixed to_byte_tensor '
+                 'to_float_tensor NormalizeBytes',
+    'exp.data_block': 'CategoryProcessor',
+    'exp.pictures': 'open_picture any_rgb',
+    'exp.tables': 'MultiCategoryProcessor NumberProcessor',
     'exp.transforms': 'GeneralCrop CenterCrop Resize np_to_float',
     'exp.xresnet': 'SqueezeExcite ResBlock MaxBlurPool SelfAttention XResNet'}
+_MOVED = {f'exp.data_block.{name}': f'{module}.{name}'           # so older files call them
+          for module in ('exp.items', 'exp.tables') for name in TRAVELS[module].split()}
+_MOVED['exp.data_block.make_rgb'] = 'exp.pictures.any_rgb'      # which it was
 _YOURS = {}
 
 def register(*things):
@@ -41,7 +48,7 @@ def register(*things):
 # %% ../nbs/more/09h_export_models.ipynb #70814d49
 def find(name: str):
     "The function or class that a file calls `name`. `CheckpointError` for what may not travel."
-    module, _, short = name.rpartition('.')
+    module, _, short = _MOVED.get(name, name).rpartition('.')
     if name in _YOURS: return _YOURS[name][-1]
     if short in TRAVELS.get(module, '').split():
         return getattr(importlib.import_module(module), short)
@@ -128,18 +135,25 @@ def pack_data(source):
     "The transforms of the validation set and the words of the labels; None for no `source`."
     if source is None: return None
     x = source.valid.x
-    return {'list': name_of(type(x), 'the item list'), 'max_pixels': getattr(x, 'max_pixels', None),
+    opener = getattr(x, 'open', None)                      # a function, or a partial of one
+    return {'list': name_of(type(x), 'the item list'),
+            'open': opener and name_of(getattr(opener, 'func', opener), 'what opens a picture'),
+            'options': plain(getattr(opener, 'keywords', {}), 'what opens a picture'),
             'tfms': [pack(t, 'a transform') for t in x.tfms],
             'procs': [pack(p, 'a processor') for p in source.train.y.procs]}
 
 def unpack_data(s, c_in, c_out):
     "A bunch without items, around the transforms and words that `pack_data` packed."
     if s is None: return DataBunch(None, None, c_in, c_out)
-    cls, pixels = find(s['list']), s['max_pixels']
+    cls = find(s['list'])
     if not (isinstance(cls, type) and issubclass(cls, ItemList)):
         raise CheckpointError(f'{s["list"]} is no list of items')
     x = cls([], '.', unpack(s['tfms']))
-    if isinstance(pixels, (int, float)): x.max_pixels = pixels
+    opener, options = s.get('open'), s.get('options', {})
+    if 'max_pixels' in s:                                  # an older file
+        opener = 'exp.pictures.open_picture'
+        options = {'max_pixels': s['max_pixels'], 'fast': True}
+    if opener: x.open = partial(find(opener), **options)
     labels, items = SimpleNamespace(y=Words(unpack(s['procs']))), SimpleNamespace(x=x)
     return ItemBunch(None, None, c_in, c_out, SimpleNamespace(train=labels, valid=items))
 

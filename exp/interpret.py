@@ -23,12 +23,14 @@ from torch import nn
 from .batchnorm import RunningBatchNorm
 from .callbacks import BatchTransformXCallback, default_device
 from .convnets import Hook, Hooks, bare
-from .data_block import ItemList, ItemLoader, MultiCategoryProcessor, get_files, image_extensions, same_draws, show_image
+from .data_block import ItemList, get_files, image_extensions, same_draws, show_image
 from .datasets import IMAGENETTE_NAMES, DataError, readable
 from .export_models import load_learner
+from .fast_batches import InMemory, ItemLoader, load_batch
 from .files import CheckpointError, write_atomic
 from .learner import fit_only, in_order, split_batch
 from .mixup import ignored_label
+from .tables import MultiCategoryProcessor
 
 # %% ../nbs/11a_interpret.ipynb #7ac2223b
 def item_losses(loss_func, preds, targets):
@@ -59,7 +61,7 @@ class Interpretation:
 def _behind(learn, which, dl, n):
     "`(files, item)` for the `n` rows that a pass over `dl` gave: files None where they are not known."
     source, data = getattr(dl, 'source', None) if isinstance(dl, ItemLoader) else None, learn.data
-    lazy = isinstance(getattr(source, 'x', None), ItemList)                   # pictures decoded as they are asked for, or once and kept
+    lazy = isinstance(getattr(source, 'x', None), ItemList) and not isinstance(source, InMemory)                   # pictures decoded as they are asked for, or once and kept
     sides = [s for s in ('train', 'valid') if which is getattr(data, f'{s}_dl', None)]
     held, files = source if lazy else getattr(getattr(data, 'source', None), sides[0], None) if sides else None, None
     if hasattr(held, 'y'):
@@ -459,7 +461,7 @@ def _load(x, files):
     "`[(files, batch), …]` and `{file: why}`: one batch where the pictures come out in one shape, else one each."
     x = x.new(files)
     try:
-        xb, kept, bad = x.batch(range(len(files)), on_error='skip')
+        xb, kept, bad = load_batch(x, range(len(files)), on_error='skip')
         return [([files[i] for i in kept], xb)] if kept else [], bad
     except Exception as e:                                                    # a transform fails on one of them, or they have several shapes
         if len(files) == 1: return [], {files[0]: str(e).removeprefix(f'{files[0]}: ')}

@@ -25,11 +25,12 @@ from .batchnorm import conv_layer
 from .callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CancelEpochException, CudaCallback, accuracy
 from .checkpoints import Checkpoint
 from .convnets import bare, get_cnn_model, init_cnn, keep_freed_memory
-from .data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb,
+from .data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func,
                             parent_labeler, to_byte_tensor)
 from .datasets import DataError, URLs, untar_data
 from .distributed import Distributed, ProcessLost, process_group, rank0_only, rank_and_size
 from .export_models import export
+from .fast_batches import fast_dl, in_memory
 from .files import CheckpointError, write_atomic
 from .interpret import Parser, checked_device
 from .learner import Learner
@@ -37,6 +38,7 @@ from .mixed_precision import ChannelsLast, Compile, MixedPrecision, native_dtype
 from .mixup import CutMix, LabelSmoothing, Mixup, OneOf
 from .optimizers import (AverageGrad, AverageSqrGrad, Stat, StatefulOptimizer, StepCount, adam_opt, debias, lamb, lars,
                             norm_bias_groups, sgd_mom_opt, sgd_opt, weight_decay)
+from .pictures import any_rgb, open_picture
 from .progress import ProgressCallback
 from .training_callbacks import CSVLogger, TensorBoardCallback
 from .transforms import BatchAugment, BatchCrop, RandomAffine, RandomColor, RandomFlip
@@ -52,11 +54,14 @@ def get_items(path, size, train_size=None):
     valid = next((n for n in ('val', 'valid', 'validation') if (path/n).is_dir()), 'val')
     for n in ('train', valid):
         if not (path/n).is_dir(): raise DataError(f'{path} has no folder {n}/: wanted train/CLASS/picture.jpg and val/CLASS/picture.jpg')
-    il = ImageList.from_files(path, include=('train', valid), tfms=[make_rgb, ResizeFixed(size), to_byte_tensor])
+    tfms, opened = [any_rgb, ResizeFixed(size), to_byte_tensor], partial(open_picture, draft=2*size, fast=True)
+    il = ImageList.from_files(path, include=('train', valid), tfms=tfms, open=opened)
     items = label_by_func(SplitData.split_by_func(il, partial(grandparent_splitter, valid_name=valid)), parent_labeler)
     if n := len(il) - len(items.train) - len(items.valid):
         warnings.warn(f'{n} of {len(il)} pictures in {path} are left out: they do not lie in train/CLASS/ or {valid}/CLASS/', stacklevel=2)
-    if train_size: items.train.x.tfms = [make_rgb, ResizeFixed(train_size), to_byte_tensor]
+    if train_size:
+        items.train.x.tfms = [any_rgb, ResizeFixed(train_size), to_byte_tensor]
+        items.train.x.open = partial(open_picture, draft=2*train_size, fast=True)
     return items
 
 # %% ../nbs/11b_train_imagenette.ipynb #11b0000b
@@ -372,7 +377,7 @@ def train_one(c, path, name, folder, stats=None, tensorboard=False, begin=lambda
     print('  ' + ', '.join(f'{k} {v}' for k, v in settings_line({**c, 'bs': bs}).items()), flush=True)
     if n_train > bs and n_train % bs == 1:
         raise DataError(f'--bs {bs} leaves a last batch of one of the {n_train:,} pictures, and batch norm wants two: --bs {next(b for b in range(bs + 1, n_train + 2) if n_train % b != 1)} does not')
-    data = items.to_databunch(bs, seed=c['seed'], in_memory=None, valid_bs=min(128, 2*bs))
+    data = in_memory(items, 1e9).to_databunch(bs, seed=c['seed'], valid_bs=min(128, 2*bs), make_dl=fast_dl)
     cbs, ck = get_cbs(c, folder, stats, tensorboard)
     learn = get_training(data, c, c['device'], c['seed'], cbs)
     start = ck.start(learn)

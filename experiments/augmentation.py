@@ -22,6 +22,7 @@ from sittings import RUNS, sitting
 from exp.callbacks import AvgStatsCallback, accuracy
 from exp.checkpoints import Checkpoint
 from exp.convnets import keep_freed_memory
+from exp.fast_batches import fast_dl, in_memory
 from exp.progress import ProgressCallback
 from exp.train_imagenette import find_data, get_items, get_training
 from exp.transforms import BatchAugment, RandomAffine, RandomFlip
@@ -36,7 +37,7 @@ def augmentation(seed): return BatchAugment(RandomFlip(), RandomAffine(rotate=10
 def one(arm, epochs, seed, a):
     "One training, as a row of the csv."
     path, name = find_data(a.data)
-    data = get_items(path, a.size).to_databunch(64, seed=seed, in_memory=True, valid_bs=64)
+    data = in_memory(get_items(path, a.size)).to_databunch(64, seed=seed, valid_bs=64, make_dl=fast_dl)
     folder = RUNS/f'augmentation/{name}-{a.size}px-{arm}-{epochs}-epochs-seed-{seed}'
     learn = get_training(data, 'lesson', seed=seed, cbs=[st := AvgStatsCallback(accuracy), ProgressCallback()])
     extra = [ck := Checkpoint(folder, keep=1)]

@@ -21,6 +21,7 @@ from exp import train_imagenette as T
 from exp.callbacks import AvgStatsCallback, accuracy
 from exp.convnets import keep_freed_memory
 from exp.datasets import URLs, untar_data
+from exp.fast_batches import fast_dl, in_memory
 from exp.mixed_precision import ChannelsLast, MixedPrecision, cpu_bf16
 from exp.xresnet import XResNet
 
@@ -55,7 +56,7 @@ def run_arm(arm, seed, path):
     T.ARCHS['arm'] = lambda c_in, c_out, width: XResNet(**{'layers': (2, 2, 2, 2), 'width': width, **network}, c_in=c_in, c_out=c_out)
     r = T.get_recipe('cpu', 'cpu', arch='arm', **{**BASE, **changes})
     items = T.get_items(path, r['size'], round(1.25*max(r['crops'])))
-    data = items.to_databunch(r['bs'], seed=seed, in_memory=None, valid_bs=128)
+    data = in_memory(items, 1e9).to_databunch(r['bs'], seed=seed, valid_bs=128, make_dl=fast_dl)
     st, started = AvgStatsCallback(accuracy, silent=True), time.process_time()
     T.get_training(data, r, 'cpu', seed, [ChannelsLast(), st, MixedPrecision()]).fit(r['epochs'])
     row = st.rows[-1]

@@ -18,6 +18,7 @@ from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, CudaCallbac
 from exp.convnets import get_cnn_model, get_runner, init_cnn, keep_freed_memory
 from exp.data_block import NormalizeBytes
 from exp.datasets import URLs, untar_data
+from exp.fast_batches import fast_dl, in_memory
 from exp.train_imagenette import NFS, get_items
 
 OUT = Path(__file__).with_suffix('.csv')
@@ -26,7 +27,7 @@ FIELDS = ['order', 'seed', 'epoch', 'train_loss', 'valid_loss', 'valid_accuracy'
 
 def arm(order, seed, a):
     "One training: rows of the csv."
-    data = get_items(untar_data(URLs.IMAGENETTE_160), a.size).to_databunch(a.bs, seed=seed, in_memory=True)
+    data = in_memory(get_items(untar_data(URLs.IMAGENETTE_160), a.size)).to_databunch(a.bs, seed=seed, make_dl=fast_dl)
     torch.manual_seed(seed)
     layer = partial(conv_layer, norm_first=order == 'conv, norm, ReLU')
     model = init_cnn(get_cnn_model(data, NFS, layer)).to(memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ from exp.convnets import keep_freed_memory
 from exp.data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler,
                             to_byte_tensor)
 from exp.datasets import URLs, untar_data
+from exp.fast_batches import fast_dl
 from exp.learner import get_learner, set_seed
 from exp.transforms import RandomResizedCrop
 
@@ -39,7 +40,7 @@ def get_data(arm, seed, a):
     whole = ResizeFixed(a.size)
     ll.train.x.tfms = [make_rgb, whole if arm == 'whole' else RandomResizedCrop(a.size, float(arm)), to_byte_tensor]
     ll.valid.x.tfms = [make_rgb, whole, to_byte_tensor]
-    return ll.to_databunch(a.bs, seed=seed, num_workers=a.workers, in_memory=False), path.name
+    return ll.to_databunch(a.bs, seed=seed, num_workers=a.workers, make_dl=fast_dl), path.name
 
 
 def run_arm(arm, seed, a):

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
-from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, CudaCallback, DataBunch, accuracy, get_dls
+from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, CudaCallback, DataBunch, Dataset, accuracy, get_dls
 from exp.convnets import keep_freed_memory
 from exp.data_block import ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler, to_byte_tensor
 from exp.datasets import URLs, untar_data
+from exp.fast_batches import decode_side
 from exp.learner import Learner
 from exp.lsuv_any import lsuv_any
 from exp.optimizers import norm_bias_groups, sgd_mom_opt
@@ -63,7 +64,8 @@ def load(pictures, final):
     ll = label_by_func(SplitData.split_by_func(il, partial(grandparent_splitter, valid_name='val')), parent_labeler)
     rest = [i for i in range(len(ll.train)) if i % 5]                              # files come class by class: every class keeps its share
     train = [rest[i*len(rest)//pictures] for i in range(min(pictures, len(rest)))]
-    return tuple(p.in_memory()[0] for p in (ll.train.pick(train), ll.valid if final else ll.train.pick(slice(0, None, 5))))
+    sides = (decode_side(p) for p in (ll.train.pick(train), ll.valid if final else ll.train.pick(slice(0, None, 5))))
+    return tuple(Dataset(s.x.items, s.y.items) for s in sides)
 
 
 def run_arm(claim, arm, seed, lr, train, valid, epochs):

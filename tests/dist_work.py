@@ -19,9 +19,10 @@ from exp.batchnorm import BatchNorm
 from exp.callbacks import (AvgStatsCallback, Callback, CancelBatchException, CancelEpochException, CancelFitException, DataBunch, Dataset,
                            Recorder, accuracy, get_dls)
 from exp.checkpoints import Checkpoint
-from exp.data_block import ItemList, ItemLoader, LabeledData
+from exp.data_block import ItemList, LabeledData
 from exp.datasets import DataError
 from exp.distributed import Distributed, ProcessLost, process_group, rank0_only, rank_and_size, synchronised
+from exp.fast_batches import ItemLoader
 from exp.learner import CancelStepException, Learner
 from exp.training_callbacks import CSVLogger, EarlyStopping, GradientAccumulation, GradientClip, SaveBest
 from exp.mixed_precision import MixedPrecision

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from exp.callbacks import CancelBatchException, CancelEpochException
-from exp.data_block import ItemLoader
+from exp.fast_batches import ItemLoader
 from exp.distributed import (free_port, launch, no_launch_because, pick_backend, process_group, rank0_only, rank_and_size,
                              read_env, share, shared)
 

@@ -23,8 +23,10 @@ from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CudaCallback, DataBunch, Dataset, accuracy, get_dls
 from exp.files import write_file
 from exp.convnets import GeneralRelu, Lambda, flatten
-from exp.data_block import (ImageList, ItemLoader, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb,
+from exp.data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, item_dl, label_by_func, make_rgb,
                             parent_labeler, to_byte_tensor, to_float_tensor)
+from exp.fast_batches import ItemLoader, fast_dl, in_memory
+from exp.tables import default_processor
 from exp.interpret import IMAGENETTE_NAMES, Interpretation, cam, item_losses, overlay, readable, to_exported_program, to_onnx
 from exp.export_models import export, load_learner
 from exp.learner import Learner
@@ -58,8 +60,9 @@ def net(c_out=3, norm=nn.BatchNorm2d):
     return nn.Sequential(conv_layer(3, 6, norm=norm), conv_layer(6, 8, stride=1, norm=norm), nn.AdaptiveAvgPool2d(1), Lambda(flatten), nn.Dropout(.5), nn.Linear(8, c_out))
 
 
-def learner(folder, epochs=4, **kw):
-    data = items(folder).to_databunch(8, seed=0, num_workers=0, **kw)
+def learner(folder, epochs=4, kept=False, make_dl=fast_dl, **kw):
+    sd = items(folder)
+    data = (in_memory(sd, **kw) if kept else sd).to_databunch(8, seed=0, num_workers=0, make_dl=make_dl, **kw)
     cbs = [CudaCallback('cpu'), BatchTransformXCallback(NormalizeBytes([.4]*3, [.3]*3)), AvgStatsCallback(accuracy, silent=True)]
     return Learner(net(), data, F.cross_entropy, lr=.05, cbs=cbs).fit(epochs)
 
@@ -182,7 +185,7 @@ def test_no_classes_no_confusion(preds, targets, word):
 # ---------------------------------------------------------------- from a learner
 
 
-@pytest.mark.parametrize('kw', [{}, {'in_memory': True}], ids=['read as it goes', 'in memory'])
+@pytest.mark.parametrize('kw', [{}, {'kept': True}, {'make_dl': item_dl}], ids=['read as it goes', 'in memory', 'the plain loader'])
 def test_from_a_learner(folder, kw):
     learn = learner(folder, 1, **kw)
     it = Interpretation.from_learner(learn)
@@ -207,10 +210,10 @@ def test_skipped_files_do_not_shift_the_names(folder, tmp_path):
     d = tmp_path/'d'
     shutil.copytree(folder, d)
     for side in ('val', 'train'): (d/side/'n03028079/1.png').write_text('no picture')
-    for in_memory in (False, True):
+    for kept in (False, True):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            learn = learner(d, 1, in_memory=in_memory, on_error='skip')
+            learn = learner(d, 1, kept, on_error='skip')
             it, train = Interpretation.from_learner(learn), Interpretation.from_learner(learn, learn.data.train_dl)
         assert len(train) == 23 and all(f.parent.name == train.vocab[t] for f, t in zip(train.files, train.targets)) and train.item(20).equal(learn.data.source.train.x.new(train.files)[20])
         assert len(it) == 14 == len(it.files) and not any(str(f).endswith('n03028079/1.png') for f in it.files)
@@ -452,7 +455,7 @@ def test_predicts(folder, learn, model, tmp_path, data_home):
     r = predict(model, big, folder/'val', tmp_path/'broken.jpg', tmp_path/'none.png', f'{folder}/train/zebra/[01].png', '--json', tmp_path/'r.json', '--bs', 4, '--device', 'cpu', home=data_home)
     rows, errors = [l.split('\t') for l in r.stdout.splitlines()], r.stderr.splitlines()
     assert r.returncode == 1 and len(rows) == 1 + 15 + 2 and len(errors) == 2 and all(e.startswith('exp-predict: ') for e in errors)
-    assert 'broken.jpg' in errors[0] and 'none.png: no such file' in errors[1] and 'Traceback' not in r.stderr
+    assert 'broken.jpg' in errors[0] and 'none.png' in errors[1] and 'such file' in errors[1] and 'Traceback' not in r.stderr
     assert [row[0] for row in rows[:2] + rows[-2:]] == [str(big), str(folder/'val/n01440764/0.png'), str(folder/'train/zebra/0.png'), str(folder/'train/zebra/1.png')]
     for f, name, p in rows:
         label, probs = learn.predict(f)
@@ -572,7 +575,7 @@ def test_several_labels_and_values(folder, tmp_path, capsys):
     sd = SplitData.split_by_func(il, partial(grandparent_splitter, valid_name='val'))
     def several(fn): return [parent_labeler(fn), 'any']
     def value(fn): return float(len(parent_labeler(fn)))
-    many, one = (label_by_func(sd, f).to_databunch(8, num_workers=0, seed=0) for f in (several, value))
+    many, one = (label_by_func(sd, f, proc_y=default_processor([f(fn) for fn in sd.train.items])).to_databunch(8, num_workers=0, seed=0) for f in (several, value))
     a = Learner(net(4), many, F.binary_cross_entropy_with_logits, cbs=BatchTransformXCallback(NormalizeBytes([.4]*3, [.3]*3)))
     a.model[-1].weight.data.zero_(); a.model[-1].bias.data = torch.tensor([3., -3., -3., 2.])       # any, n01440764, n03028079, zebra
     f = folder/'val/zebra/0.png'
@@ -714,9 +717,10 @@ def test_what_the_loss_ignores_is_left_out(loss, ignored):
         Interpretation.from_learner(learn, [(x, torch.full_like(y, ignored))])
 
 
-@pytest.mark.parametrize('kw', [{}, {'in_memory': True}], ids=['read as it goes', 'in memory'])
-def test_files_of_those_that_count(folder, kw):
-    learn = Learner(net(), items(folder).to_databunch(8, seed=0, num_workers=0, **kw), nn.CrossEntropyLoss(ignore_index=1), cbs=[CudaCallback('cpu'), BatchTransformXCallback(NormalizeBytes([.4]*3, [.3]*3))])
+@pytest.mark.parametrize('kept', [False, True], ids=['read as it goes', 'in memory'])
+def test_files_of_those_that_count(folder, kept):
+    sd = items(folder)
+    learn = Learner(net(), (in_memory(sd) if kept else sd).to_databunch(8, seed=0, num_workers=0, make_dl=fast_dl), nn.CrossEntropyLoss(ignore_index=1), cbs=[CudaCallback('cpu'), BatchTransformXCallback(NormalizeBytes([.4]*3, [.3]*3))])
     it = Interpretation.from_learner(learn)
     assert len(it) == 10 == len(it.files) and all(f.parent.name == it.vocab[t] for f, t in zip(it.files, it.targets)) and it.item(7).equal(learn.data.source.valid.x.new(it.files)[7])
 

@@ -27,10 +27,12 @@ from exp.annealing import ParamScheduler
 from exp.batchnorm import conv_layer
 from exp.callbacks import (EVENTS, AvgStatsCallback, BatchTransformXCallback, Callback, CancelBatchException, CancelEpochException, CancelFitException,
                            CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls, get_hypers)
-from exp.data_block import (ImageList, MultiCategoryProcessor, NormalizeBytes, NumberProcessor, ResizeFixed, SplitData, grandparent_splitter, label_by_func,
+from exp.data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func,
                             make_rgb, parent_labeler, to_byte_tensor)
+from exp.fast_batches import fast_dl, in_memory
 from exp.learner import CancelStepException, Explain, Learner, get_learner, split_batch, spread_lrs
 from exp.lr_find import set_seed
+from exp.tables import MultiCategoryProcessor, NumberProcessor
 from exp.optimizers import adam_opt, norm_bias_groups, sgd_mom_opt, sgd_opt
 
 SGD, AdamW, Momentum = torch.optim.SGD, partial(torch.optim.AdamW, weight_decay=.1), partial(torch.optim.SGD, momentum=.9)
@@ -668,7 +670,7 @@ def test_labels_out_of_range_are_found_before_the_gpu_is_lost():
 # the slides, and the same again
 
 def test_the_slides_cell_runs_as_printed(data_home, capsys):
-    data, nfs, norm_imagenette = items(data_home, 27).to_databunch(8, seed=1, in_memory=True), [32]*4, lambda x: x.float()/255 - .5
+    data, nfs, norm_imagenette = in_memory(items(data_home, 27)).to_databunch(8, seed=1, make_dl=fast_dl), [32]*4, lambda x: x.float()/255 - .5
     cbfs = [partial(AvgStatsCallback, accuracy), CudaCallback, partial(BatchTransformXCallback, norm_imagenette)]
     learn = get_learner(nfs, data, 0.4, conv_layer, cb_funcs=cbfs)
     learn.fit(1)
@@ -688,7 +690,7 @@ SAME = '''
     from pathlib import Path
     def run(workers):
         set_seed(0)
-        learn = get_learner([8, 8], items(Path(sys.argv[1]), 12, Flip(), size=16).to_databunch(16, seed=0, num_workers=workers), .1, conv_layer, cbs=BatchTransformXCallback(lambda x: x.float()/255)).fit_one_cycle(2)
+        learn = get_learner([8, 8], items(Path(sys.argv[1]), 12, Flip(), size=16).to_databunch(16, seed=0, num_workers=workers, make_dl=fast_dl), .1, conv_layer, cbs=BatchTransformXCallback(lambda x: x.float()/255)).fit_one_cycle(2)
         return hashlib.sha256(b''.join(t.numpy().tobytes() for t in learn.model.state_dict().values())).hexdigest()
     print(run(0), run(0), run(2))
 '''

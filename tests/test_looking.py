@@ -18,6 +18,7 @@ from exp.batchnorm import conv_layer
 from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CudaCallback, DataBunch, Dataset, Recorder, accuracy, get_dls
 from exp.data_block import ImageList, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler, to_byte_tensor
 from exp.datasets import readable
+from exp.fast_batches import fast_dl, in_memory
 from exp.learner import Learner, get_learner, set_seed
 from exp.looking import layer_shapes, show_results, summary
 from exp.optimizers import adam_opt, sgd_mom_opt
@@ -66,7 +67,7 @@ def everything(learn):
 def pictures(data_home, n=40):
     il = ImageList.from_files(data_home/'data'/'drawn-shapes-160', include=('train', 'val'), tfms=[make_rgb, ResizeFixed(32), to_byte_tensor])
     sd = SplitData.split_by_func(il.new(il.items[::max(1, 1100//n)]), partial(grandparent_splitter, valid_name='val'))
-    return label_by_func(sd, parent_labeler).to_databunch(8, seed=1, in_memory=True)
+    return in_memory(label_by_func(sd, parent_labeler)).to_databunch(8, seed=1, make_dl=fast_dl)
 
 
 class Noise(Callback):

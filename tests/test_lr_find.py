@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, Sampler, SequentialSampler, Subset, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
 
 from exp.callbacks import AvgStatsCallback, CancelFitException, DataBunch, Dataset, Recorder, Runner, get_dls
-from exp.data_block import ItemList, ItemLoader
+from exp.data_block import ItemList
+from exp.fast_batches import ItemLoader
 from exp.lr_find import (LR_Find, generator_state, in_order, load_loader_state, loader_state, own_generators, rng_state, set_generator_state, set_rng_state,
                          set_seed, snapshot)
 from exp.optimizers import adam_opt, sgd_mom_opt, sgd_opt

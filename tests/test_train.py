@@ -19,8 +19,10 @@ from exp import train_imagenette as T
 from exp.callbacks import Callback, DataBunch, Dataset, accuracy, get_dls
 from exp.datasets import DataError
 from exp.export_models import export
+from exp.fast_batches import InMemory, fast_dl, in_memory
 from exp.learner import Learner
 from exp.mixup import Mixer
+from exp.pictures import any_rgb
 
 
 def run(*args, home, **env):
@@ -54,7 +56,7 @@ def test_trains_and_says_on_what(data_home, tmp_path):
 
 def test_same_seed_same_weights(data_home, monkeypatch):
     from exp.datasets import URLs, untar_data
-    data = T.get_items(untar_data(URLs.SAMPLE), 16).to_databunch(100, seed=3, in_memory=None)
+    data = in_memory(T.get_items(untar_data(URLs.SAMPLE), 16)).to_databunch(100, seed=3, make_dl=fast_dl)
     ws = []
     for seed in (1, 1, 2):
         data.train_dl.epoch = 0                                # the same order of pictures for all three
@@ -118,9 +120,9 @@ def test_goes_through_the_data_block(tmp_path, data_home):
     "Uprightness, pixels and the rest are tested there; here, that the command's pictures are those, whole sets in memory or not."
     from exp import data_block as D
     items = T.get_items(folder(tmp_path), 16)
-    assert isinstance(items, D.SplitData) and items.train.x.tfms[0] is D.make_rgb and items.train.x.tfms[1].size == (16, 16)
-    kept, read = (items.to_databunch(4, seed=0, in_memory=None, max_bytes=m, num_workers=0) for m in (1e9, 1))
-    assert isinstance(kept.train_ds, D.Dataset) and not isinstance(read.train_ds, D.Dataset)
+    assert isinstance(items, D.SplitData) and items.train.x.tfms[0] is any_rgb and items.train.x.tfms[1].size == (16, 16)
+    kept, read = (in_memory(items, m).to_databunch(4, seed=0, num_workers=0, make_dl=fast_dl) for m in (1e9, 1))
+    assert isinstance(kept.train_ds, InMemory) and not isinstance(read.train_ds, InMemory)
     for (a, ya), (b, yb) in zip(kept.train_dl, read.train_dl, strict=True): assert a.equal(b) and ya.equal(yb) and a.dtype == torch.uint8
     for name in ('find_images', 'load_image', 'ImageFiles', 'load_all', 'get_data'): assert not hasattr(T, name), f'{name}: the old way'
 
@@ -130,7 +132,7 @@ def test_a_broken_picture_of_a_large_set_is_one_line_too(tmp_path):
     from exp import data_block as D
     d = folder(tmp_path)
     (d/'train/b/2.png').write_text('no picture')
-    data = T.get_items(d, 16).to_databunch(4, seed=0, num_workers=1)
+    data = T.get_items(d, 16).to_databunch(4, seed=0, num_workers=1, make_dl=fast_dl)
     with pytest.raises(DataError) as e: list(data.train_dl)
     assert str(e.value).startswith(str(d/'train/b/2.png')) and len(str(e.value).splitlines()) == 1 and isinstance(data, D.ItemBunch)
 

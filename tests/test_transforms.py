@@ -2,6 +2,7 @@
 import math
 import multiprocessing
 import pickle
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,11 +21,13 @@ from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, R
 from exp.checkpoints import Checkpoint
 from exp.files import CheckpointError
 from exp.convnets import Lambda, flatten
-from exp.data_block import (CategoryProcessor, ImageList, ItemLoader, LabeledData, NormalizeBytes, SplitData, grandparent_splitter, label_by_func,
+from exp.data_block import (CategoryProcessor, ImageList, LabeledData, NormalizeBytes, SplitData, grandparent_splitter, label_by_func,
                             make_rgb, parent_labeler, to_byte_tensor, to_float_tensor)
 from exp.export_models import export, load_learner, pack
+from exp.fast_batches import ItemLoader, fast_dl, is_random, load_batch
 from exp.learner import Learner
 from exp.optimizers import sgd_mom_opt
+from exp.pictures import open_picture
 from exp.transforms import (Augment, BatchAugment, BatchCrop, CenterCrop, Draw, GeneralCrop, PilRandomDihedral, PilRandomFlip, PilRandomRotate, PilTiltRandomCrop, RandomAffine,
                             RandomColor, RandomDihedral, RandomErasing, RandomFlip, RandomPerspective, RandomResizedCrop, Resize, affine_mats, crop_batch,
                             crop_resize, dihedral, dihedral_mats, homography, move_boxes, move_points, np_to_float, recolor, show_tfm, warp)
@@ -381,12 +384,12 @@ def test_workers_epochs_and_starts_by_spawn(tmp_path):
     spawned = loader(1, 1, multiprocessing_context=multiprocessing.get_context('spawn'))
     assert torch.cat([x for x, _ in spawned]).equal(epochs[0][0])
     two._iterator = spawned._iterator = None
-    assert il.is_random() and not ImageList(il.items, tfms=[make_rgb, CenterCrop(16), to_byte_tensor]).is_random()
+    assert is_random(il) and not is_random(ImageList(il.items, tfms=[make_rgb, CenterCrop(16), to_byte_tensor]))
 
 
 def test_two_copies_of_one_picture_draw_differently(tmp_path):
     f = pictures(tmp_path)/'train'/'a'/'000.png'
-    xb, *_ = ImageList([f]*8, tmp_path, tfms=PIL_TFMS).batch(range(8), seed=0)
+    xb, *_ = load_batch(ImageList([f]*8, tmp_path, tfms=PIL_TFMS), range(8), seed=0)
     assert len(xb.flatten(1).unique(dim=0)) == 8
 
 
@@ -403,7 +406,7 @@ def make_learner(folder, workers, seed):
     sd = label_by_func(SplitData.split_by_func(ImageList.from_files(folder, tfms=[make_rgb, CenterCrop(16), to_byte_tensor]), grandparent_splitter), parent_labeler)
     sd.train.x.tfms = PIL_TFMS
     net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Dropout(.2), nn.AdaptiveAvgPool2d(2), Lambda(flatten), nn.Linear(16, 2))
-    return Learner(net, sd.to_databunch(4, seed=seed, num_workers=workers), F.cross_entropy, sgd_mom_opt, lr=.05, cbs=[AvgStatsCallback(accuracy, silent=True)])
+    return Learner(net, sd.to_databunch(4, seed=seed, num_workers=workers, make_dl=fast_dl), F.cross_entropy, sgd_mom_opt, lr=.05, cbs=[AvgStatsCallback(accuracy, silent=True)])
 
 
 class StopAt(Callback):
@@ -515,7 +518,7 @@ def test_errors_are_for_the_reader():
 def test_large_jpegs_are_drafted_no_further_than_the_smallest_crop_allows(tmp_path):
     rgb(1600, 1200).save(tmp_path/'a.jpg')
     for crop, least in ((RandomResizedCrop(32, .5), 32), (CenterCrop(32), 32), (Resize(32), 32)):
-        il = ImageList([tmp_path/'a.jpg'], tmp_path, tfms=[make_rgb, crop], fast=False)
+        il = ImageList([tmp_path/'a.jpg'], tmp_path, tfms=[make_rgb, crop], open=partial(open_picture, draft=crop.draft))
         w, h = il.get(il.items[0]).size
         smallest = math.sqrt(.5*w*h*3/4) if isinstance(crop, RandomResizedCrop) else min(w, h)/getattr(crop, 'scale', 1)
         assert w < 1600 and smallest >= 2*least, (crop, w, h)
