@@ -122,7 +122,7 @@ class SelfAttention(nn.Module):
         together = flat @ flat.mT/flat.shape[2]             # (N, C, C)
         return x + (self.gamma*(together @ self.conv(flat))).view(x.shape)
 
-# %% ../nbs/11_xresnet.ipynb #e8f88093
+# %% ../nbs/11_xresnet.ipynb #5fcfbc0a
 def scaled(ns, width): return [max(8, round(n*width/8)*8) if width != 1 else n for n in ns]
 
 class XResNet(nn.Sequential):
@@ -142,7 +142,7 @@ class XResNet(nn.Sequential):
         if not width > 0 or not stem: raise ValueError(f'no network of width {width}, stem {stem}')
         n_in, stages, options = scaled(stem, width)[-1], [], {'act': act, 'norm': norm, **options}
         for i, (n, nf) in enumerate(zip(layers, scaled(channels, width))):
-            first = ResBlock(n_in, nf, 2 if i else 1, expansion, **options)
+            first = ResBlock(n_in, nf, min(i + 1, 2), expansion, **options)     # 1, 2, 2, 2
             n_in = nf*expansion
             more = [ResBlock(n_in, nf, 1, expansion, **options) for _ in range(n - 1)]
             last = [SelfAttention(n_in)] if sa and not i else []
