@@ -18,7 +18,8 @@ def precision(n=4, bs=64, size=128):
     from exp.callbacks import DataBunch, default_device
     from exp.convnets import keep_freed_memory
     from exp.learner import get_learner
-    from exp.mixed_precision import ChannelsLast, Compile, MixedPrecision, native_dtype, no_compile_because
+    from exp.faster import ChannelsLast, Compile, native_dtype, no_compile_because
+    from exp.mixed_precision import MixedPrecision
     from exp.train_imagenette import NFS
     keep_freed_memory()
     device, g = default_device(), torch.Generator().manual_seed(0)
@@ -38,7 +39,7 @@ def precision(n=4, bs=64, size=128):
             'channels last, compiled': epoch(ChannelsLast(), Compile()) if compiles else None}
     if native:
         name = str(native)[6:]
-        work |= {name: epoch(MixedPrecision()), f'{name}, channels last': epoch(MixedPrecision(), ChannelsLast())}
+        work |= {name: epoch(MixedPrecision(native)), f'{name}, channels last': epoch(MixedPrecision(native), ChannelsLast())}
     return work
 
 

@@ -92,7 +92,7 @@ def threads(bs=64, size=96):
     import torch.nn.functional as F
     from benchmarks import Skip
     from exp.convnets import keep_freed_memory
-    from exp.mixed_precision import native_dtype
+    from exp.faster import native_dtype
     from exp.xresnet import xresnet18, xresnet34
     if (os.cpu_count() or 1) < 2: raise Skip('there is one core')
     keep_freed_memory()

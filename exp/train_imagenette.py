@@ -34,7 +34,8 @@ from .fast_batches import fast_dl, in_memory
 from .files import CheckpointError, write_atomic
 from .interpret import Parser, checked_device
 from .learner import Learner
-from .mixed_precision import ChannelsLast, Compile, MixedPrecision, native_dtype
+from .faster import ChannelsLast, Compile, native_dtype, native_precision
+from .mixed_precision import MixedPrecision
 from .mixup import CutMix, LabelSmoothing, Mixup, OneOf
 from .optimizers import (AverageGrad, AverageSqrGrad, Stat, StatefulOptimizer, StepCount, adam_opt, debias, lamb, lars,
                             norm_bias_groups, sgd_mom_opt, sgd_opt, weight_decay)
@@ -348,7 +349,8 @@ def get_cbs(c, folder, stats, tensorboard=False):
     "`(callbacks, the Checkpoint among them)` of a run that are not part of its recipe: speed, table, bar, files in `folder`. `c`: all settings."
     cbs = [Distributed(), ChannelsLast(), stats, ProgressCallback(), CSVLogger(folder/'history.csv'), ck := Checkpoint(folder/'checkpoints', keep=2)]
     device = torch.device(c['device'])
-    if c['bf16'] or c['bf16'] is None and native_dtype(device)[0]: cbs.append(MixedPrecision(torch.bfloat16 if c['bf16'] else None))
+    if c['bf16']: cbs.append(MixedPrecision(torch.bfloat16))
+    if c['bf16'] is None and native_dtype(device)[0]: cbs += native_precision(device)
     if c['compile']: cbs.append(Compile())
     if tensorboard: cbs.append(TensorBoardCallback(folder/'tensorboard'))
     return cbs, ck

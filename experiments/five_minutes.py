@@ -22,7 +22,7 @@ from exp.callbacks import AvgStatsCallback, accuracy
 from exp.convnets import keep_freed_memory
 from exp.datasets import URLs, untar_data
 from exp.fast_batches import fast_dl, in_memory
-from exp.mixed_precision import ChannelsLast, MixedPrecision, cpu_bf16
+from exp.faster import ChannelsLast, cpu_bf16, native_precision
 from exp.xresnet import XResNet
 
 OUT = Path(__file__).with_suffix('.csv')
@@ -58,7 +58,7 @@ def run_arm(arm, seed, path):
     items = T.get_items(path, r['size'], round(1.25*max(r['crops'])))
     data = in_memory(items, 1e9).to_databunch(r['bs'], seed=seed, valid_bs=128, make_dl=fast_dl)
     st, started = AvgStatsCallback(accuracy, silent=True), time.process_time()
-    T.get_training(data, r, 'cpu', seed, [ChannelsLast(), st, MixedPrecision()]).fit(r['epochs'])
+    T.get_training(data, r, 'cpu', seed, [ChannelsLast(), st, *native_precision('cpu')]).fit(r['epochs'])
     row = st.rows[-1]
     said = {k: getattr(getattr(v, 'func', v), '__name__', v) for k, v in network.items()}
     return dict(arm=arm, seed=seed, accuracy=round(row['valid_accuracy'], 4), valid_loss=round(row['valid_loss'], 4), train_loss=round(row['train_loss'], 4),

@@ -2,7 +2,7 @@
 
     EXP_MIRROR=../shared/mirror python experiments/mixup_noise.py [--noise .05 .5] [--arms plain smoothing mixup] [--seeds 0 1 2] [--most N]
 
-Imagenette at 64 px, the lesson's CNN; the pictures, the false labels (exp.mixup.noisy_labels), the order and the weights follow from the seed,
+Imagenette at 64 px, the lesson's CNN; the pictures, the false labels (exp.distillation.noisy_labels), the order and the weights follow from the seed,
 so that for one seed and one share of noise the arms differ in nothing else. About 90 seconds a run on one core. Of the training pictures with a
 false label, `false_label` is the share for which the network gives that label back, `true_label` the share for which it gives the true one.
 A run that the csv already holds is not made again; whole seeds come first.
@@ -21,7 +21,8 @@ from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, CudaCallbac
 from exp.convnets import keep_freed_memory
 from exp.datasets import URLs, untar_data
 from exp.learner import get_learner, set_seed
-from exp.mixup import LabelSmoothing, Mixup, noisy_labels
+from exp.distillation import noisy_labels
+from exp.mixup import LabelSmoothing, Mixup
 from exp.optimizers import sgd_mom_opt
 
 FIELDS = ['noise', 'arm', 'seed', 'train_loss', 'valid_loss', 'valid_accuracy', 'false_label', 'true_label', 'seconds']

@@ -22,7 +22,7 @@ from pathlib import Path
 from sittings import RUNS as FOLDER
 from sittings import sitting
 
-from exp.mixed_precision import cpu_bf16
+from exp.faster import cpu_bf16
 from exp.train_imagenette import get_parser, train
 
 OUT = Path(__file__).with_suffix('.csv')

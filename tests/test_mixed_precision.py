@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from event_log import Log
 from torch import nn
 
-import exp.mixed_precision as mp_module
+import exp.faster as faster
 from exp.annealing import ParamScheduler
 from exp.callbacks import EVENTS, AvgStatsCallback, Callback, CancelBatchException, CancelFitException, DataBunch, Dataset, Recorder, Runner, accuracy, get_dls
 from exp.checkpoints import Checkpoint
@@ -17,8 +17,10 @@ from exp.files import load
 from exp.export_models import export, load_learner
 from exp.learner import Learner, set_seed
 from exp.training_callbacks import GradientAccumulation, GradientClip, SaveBest
-from exp.mixed_precision import ChannelsLast, Compile, MixedPrecision, cpu_bf16, native_dtype, no_autocast_because, no_compile_because
-from exp.mixup import Distillation, Mixup
+from exp.faster import ChannelsLast, Compile, cpu_bf16, native_dtype, native_precision, no_autocast_because, no_compile_because
+from exp.mixed_precision import MixedPrecision
+from exp.distillation import Distillation
+from exp.mixup import Mixup
 from exp.optimizers import adam_opt, lamb, sgd_mom_opt, sgd_opt
 from exp.torch_bridge import TorchOptimizer
 
@@ -79,7 +81,7 @@ def test_flags_of_the_cpu(text, want, tmp_path):
 
 def test_asking_never_fails(tmp_path, monkeypatch):
     def boom(): raise RuntimeError
-    for name in mp_module._TESTS:
+    for name in faster._TESTS:
         if hasattr(torch.cpu, name): monkeypatch.setattr(torch.cpu, name, boom)
     assert cpu_bf16(tmp_path) is None and cpu_bf16(tmp_path/'none') is None                # a folder; nothing
     assert native_dtype('meta')[0] is None and native_dtype('cpu')[0] in (None, torch.bfloat16)
@@ -92,34 +94,21 @@ def test_works_is_found_by_trying():
     assert no_autocast_because('meta', torch.bfloat16)
 
 
-def test_without_native_bf16_it_says_so_once_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(mp_module, 'cpu_bf16', lambda: None)
-    said, cb = [], MixedPrecision()
-    learn = learner(cb)
-    learn.logger = lambda *args: said.append(args[0])
-    learn.fit(1); learn.fit(1)
-    assert len(said) == 1 and 'float32' in said[0] and 'AMX' in said[0] and cb.dtype is None
-    plain = learner().fit(1).fit(1)
-    assert weights(learn.model).equal(weights(plain.model))
-    monkeypatch.setattr(mp_module, 'cpu_bf16', lambda: 'AMX')
-    cb = MixedPrecision()
+def test_sixteen_bits_where_they_are_native_and_a_sentence_where_not(monkeypatch):
+    said = []
+    monkeypatch.setattr(faster, 'cpu_bf16', lambda: None)
+    assert native_precision('cpu', said.append) == [] and 'float32' in said[0] and 'AMX' in said[0]
+    monkeypatch.setattr(faster, 'cpu_bf16', lambda: 'AMX')
+    (cb,) = native_precision('cpu', said.append)
     learner().fit(1, cb)
-    assert cb.dtype is torch.bfloat16 and cb.scaler is None
+    assert cb.dtype is torch.bfloat16 and cb.scaler is None and len(said) == 1
+    monkeypatch.setattr(faster, 'no_autocast_because', lambda *a: 'its gradients come out wrong')
+    assert native_precision('cpu', said.append) == [] and said[1] == 'its gradients come out wrong. Training in float32.'
 
 
 def test_what_it_refuses():
     with pytest.raises(ValueError, match='float64'): MixedPrecision(torch.float64)
-    with pytest.raises(ValueError, match=r'0\.weight are in 16 bits.*model.float'): learner(model=net().half()).fit(1, MixedPrecision('bf16'))
-
-
-def test_a_forced_type_that_cannot_be_had_is_an_error_and_an_unforced_one_a_sentence(monkeypatch):
-    monkeypatch.setattr(mp_module, 'no_autocast_because', lambda device, dtype: 'not in this torch')
-    with pytest.raises(ValueError, match='bfloat16 on cpu: not in this torch'): learner().fit(1, MixedPrecision('bf16'))
-    monkeypatch.setattr(mp_module, 'cpu_bf16', lambda: 'AMX')
-    said, learn = [], learner()
-    learn.logger = lambda *args: said.append(args[0])
-    learn.fit(1, MixedPrecision())
-    assert 'not in this torch' in said[0]
+    with pytest.raises(ValueError, match=r'0\.weight is in 16 bits.*model.float'): learner(model=net().half()).fit(1, MixedPrecision('bf16'))
 
 
 # against torch's recipe
@@ -168,7 +157,7 @@ def test_weights_that_see_only_padding_have_no_gradient_in_bf16(shape, layout):
     Learner(model, DataBunch(dl, None), junk, sgd_opt, lr=0., cbs=[MixedPrecision('bf16'), Keep()]).fit(1)
     (grad,) = seen
     assert (grad - w.grad).abs().max() < .02*w.grad.abs().max() and grad[w.grad == 0].eq(0).all()
-    assert not conv._forward_pre_hooks and not conv.weight._backward_hooks                 # and nothing stays behind
+    assert not conv._forward_pre_hooks and not conv._forward_hooks                 # and nothing stays behind
 
 
 def test_the_old_runner_skips_too():
@@ -462,15 +451,6 @@ def test_compile_that_compares_more_batches_than_are_timed():
         def begin_batch(self, run): kinds.append(c.kind)
     learn.fit(1, Spy())
     assert kinds.count('plain') == 60 and kinds[-1] == 'compiled'
-
-
-def test_what_is_said_where_16_bits_do_not_work(monkeypatch):
-    monkeypatch.setattr(mp_module, 'native_dtype', lambda d: (torch.bfloat16, 'yes'))
-    monkeypatch.setattr(mp_module, 'no_autocast_because', lambda *a: 'its gradients come out wrong')
-    said = []
-    learn = learner(MixedPrecision()); learn.logger = said.append
-    learn.fit(1)
-    assert any('its gradients come out wrong. Training in float32.' in l for l in said) and not any('all the same' in l for l in said)
 
 
 # found by users' scripts
