@@ -2,7 +2,7 @@
 
     python experiments/optimizer_share.py [--turns N]
 
-Half an XResNet-18, 64 random pictures of 64 px, channels last, on the CPU. A step is forward, loss, backward and optimizer; what is under `step`
+Half an XResNet-18, 64 random pictures of 64 px, channels last, in bfloat16 where this CPU computes in it: as `make run` trains. A step is forward, loss, backward and optimizer; what is under `step`
 is the rest without the optimizer. All optimizers take turns in one run, medians of N turns; `compile` are the seconds of the optimizer's
 second and third step, where its programs are made (with an empty cache of the compiler)."""
 import argparse
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from exp.fast_optimizers import Compiled
+from exp.faster import cpu_bf16
 from exp.optimizers import adam_opt, each, lamb, sgd_mom_opt
 from exp.xresnet import xresnet18
 
@@ -38,7 +39,8 @@ def main(turns=25):
     xb, yb = torch.randn(64, 3, 64, 64).to(memory_format=torch.channels_last), torch.randint(0, 10, (64,))
     def gradients():
         net.zero_grad()
-        F.cross_entropy(net(xb), yb).backward()
+        with torch.autocast('cpu', torch.bfloat16, enabled=bool(cpu_bf16())): pred = net(xb)
+        F.cross_entropy(pred.float(), yb).backward()
     gradients()
     opts = {(name, how): f(net.parameters(), lr=1e-6, run=run) for name, f in OPTS.items() for how, run in (('loop', each), ('compiled', Compiled()))}
     made = {}
@@ -52,7 +54,7 @@ def main(turns=25):
     step = statistics.median(rest)
     with open(Path(__file__).with_suffix('.csv'), 'w', newline='', encoding='utf-8') as f:
         print('# python experiments/optimizer_share.py: half XResNet-18, 64 pictures of 64 px; milliseconds, compile in seconds', file=f)
-        print(f'# torch {torch.__version__}, python {platform.python_version()}, cpu, {torch.get_num_threads()} threads, medians of {turns} turns; seed 0', file=f)
+        print(f'# torch {torch.__version__}, python {platform.python_version()}, cpu ({"bfloat16, " + cpu_bf16() if cpu_bf16() else "float32"}), {torch.get_num_threads()} threads, medians of {turns} turns; seed 0', file=f)
         out = csv.writer(f, lineterminator='\n')
         out.writerow(['optimizer', 'loop', 'compiled', 'step', 'share loop', 'share compiled', 'compile'])
         for name in OPTS:
