@@ -13,7 +13,7 @@ import copy, difflib, numbers, re, time
 
 import torch
 
-# %% ../nbs/04_callbacks.ipynb #18eab975
+# %% ../nbs/04_callbacks.ipynb #9fe9db35
 from .minibatch import batch_len, binary_accuracy, metric_name    # noqa: F401
 from .minibatch import AvgStats, DataBunch, Dataset, accuracy, column_names, get_dls
 from .minibatch import over_the_whole
@@ -115,13 +115,13 @@ class Runner:
             self('after_fit')
         return self
 
-# %% ../nbs/04_callbacks.ipynb #9853b18b
+# %% ../nbs/04_callbacks.ipynb #57c2f4d8
 NO_PASS = float('nan')                      # of a pass that did not take place: known by `is`
 
 class AvgStatsCallback(Callback):
     """Loss and `metrics` of each epoch (`AvgStats`): dictionaries in `rows`, lines to `run.logger`.
 
-    Of a metric that is an object training has a copy; yours is what the last validation made it."""
+    Training uses a copy of a metric that is an object; yours holds the last validation."""
     _order = 10                             # after those that change the batch or the loss
     def __init__(self, *metrics, silent=False):
         copies = [copy.deepcopy(m) if over_the_whole(m) else m for m in metrics]
@@ -158,14 +158,15 @@ class AvgStatsCallback(Callback):
     def state_dict(self):
         "Columns, rows, and the state of the epoch under way."
         stats = {t: s.state_dict() for t, s in self.stats.items()}
-        return {'heads': self.heads, 'rows': [*self.rows], 'stats': stats}
+        rows = [{k: None if v is NO_PASS else v for k, v in r.items()} for r in self.rows]
+        return {'heads': self.heads, 'rows': rows, 'stats': stats}
 
     def load_state_dict(self, sd):
         "The way back. Raises `ValueError` where the columns were others."
         if sd['heads'] != self.heads or any([*r] != self.heads for r in sd['rows']):
             was, now = ', '.join(sd['heads']), ', '.join(self.heads)
             raise ValueError(f'the table was {was} and is {now} now')
-        self.rows = [dict(r) for r in sd['rows']]
+        self.rows = [{k: NO_PASS if v is None else v for k, v in r.items()} for r in sd['rows']]
         for t, s in self.stats.items(): s.load_state_dict(sd['stats'][t])
 
 # %% ../nbs/04_callbacks.ipynb #9d806066

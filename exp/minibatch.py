@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch.utils.data import DataLoader
 
-# %% ../nbs/03_minibatch.ipynb #ec00aae7
+# %% ../nbs/03_minibatch.ipynb #7e3d6aeb
 def accuracy(pred, yb):
-    """Share of rows of `pred` (N, C) whose largest entry is at `yb` (N,), as a tensor.
+    """Share of rows of `pred` (N, C, …) whose largest entry is at `yb` (N, …), as a tensor.
 
     Raises `ValueError` for other shapes: yes-or-no answers are for `binary_accuracy`."""
     if pred.dim() != yb.dim() + 1 or pred.shape[1] < 2:
@@ -55,7 +55,7 @@ def get_dls(train_ds, valid_ds, bs, seed=None, drop_last=False, **kwargs):
     train_dl = DataLoader(train_ds, bs, shuffle=True, generator=g, drop_last=drop_last, **kwargs)
     return train_dl, DataLoader(valid_ds, bs*2, **kwargs)
 
-# %% ../nbs/03_minibatch.ipynb #d5926637
+# %% ../nbs/03_minibatch.ipynb #6e325691
 class DataBunch:
     "Training and validation loaders; channels in (`c_in`) and classes out (`c_out`) of a model."
     def __init__(self, train_dl, valid_dl, c_in=None, c_out=None):
@@ -65,12 +65,12 @@ class DataBunch:
     @property
     def valid_ds(self): return self.valid_dl.dataset
     def item(self, o):
-        "The input of a model that `o`, say a file, is. Raises `ValueError`: here are tensors only."
+        "Make of `o`, say a file, a model's input. Raises `ValueError`: here are tensors only."
         raise ValueError('this data knows tensors only: one row of a batch can be predicted')
     def decode(self, pred):
-        "A prediction in words, and the numbers behind it; None where labels have no words."
+        "A prediction in words, and the numbers behind it; here labels have no words: None."
 
-# %% ../nbs/03_minibatch.ipynb #f9216f1b
+# %% ../nbs/03_minibatch.ipynb #af23a6e1
 def over_the_whole(m):
     "Whether the metric `m` is an object, for what is no mean over items."
     return all(hasattr(m, k) for k in ('reset', 'update', 'compute'))
@@ -84,7 +84,7 @@ def column_names(metrics):
     "'loss' and the names of `metrics`; one that is there already gets a number (`accuracy_2`)."
     names = ['loss']
     for name in map(metric_name, metrics):
-        same = [name, *(f'{name}_{i}' for i in range(2, len(metrics) + 3))]
+        same = [name, *(f'{name}_{i}' for i in range(2, len(metrics) + 3))]     # enough of them
         names.append(next(n for n in same if n not in names))
     return names
 
@@ -92,7 +92,7 @@ def batch_len(xb, yb=None):
     "Items in a batch: rows of a tensor `xb`; else targets, or rows of the first part of `xb`."
     if torch.is_tensor(xb): return len(xb)
     if torch.is_tensor(yb) and yb.dim(): return len(yb)
-    part = next(iter(xb.values() if isinstance(xb, dict) else xb), xb)
+    part = next(iter(xb.values() if isinstance(xb, dict) else xb), xb)      # the first, or nothing
     return len(part) if torch.is_tensor(part) else len(xb)
 
 # %% ../nbs/03_minibatch.ipynb #d9c5f2bf
@@ -105,7 +105,7 @@ def one_number(v, name, device=None):
     if t.numel() != 1: raise ValueError(f'{name} gave {t.numel()} numbers; {wanted}')
     return t.float().reshape(())
 
-# %% ../nbs/03_minibatch.ipynb #7fc9b9c4
+# %% ../nbs/03_minibatch.ipynb #8f8d5fba
 class AvgStats:
     """Loss and `metrics` over one pass. Functions of `(pred, yb)`: means, weighted by batch size.
 
@@ -142,7 +142,7 @@ class AvgStats:
         return [loss, *(next(objects) if over_the_whole(m) else next(means) for m in self.metrics)]
 
     def over_processes(self):
-        "Make sums and count those of all processes of a distributed run."
+        "Make the means' sums and count those of all processes of a distributed run."
         dist = torch.distributed
         if not (dist.is_available() and dist.is_initialized()): return
         both = torch.cat([self.totals.double(), self.totals.new_tensor([self.count]).double()])

@@ -471,6 +471,10 @@ def test_the_state_of_table_and_recorder_in_mid_epoch(kind):
     (third := cbs()[0]).load_state_dict(kept['cbs'][0])              # what is kept serves twice
     assert third.stats[True].avg_stats == so_far and len(so_far) == 3 and len(third.rows) == 1
     with pytest.raises(ValueError, match='accuracy'): AvgStatsCallback(accuracy, silent=True).load_state_dict(kept['cbs'][0])
+    run.data = DataBunch(data.train_dl, [])
+    run.fit(1)                                                       # a missing pass stays one
+    (again := cbs()[0]).load_state_dict(second[0].state_dict())
+    assert again.rows[-1]['valid_loss'] is NO_PASS and again.rows[0]['valid_loss'] is not NO_PASS
     fresh = Recorder()
     fresh.load_state_dict(Recorder().state_dict())                   # before any fit
     assert fresh.losses == []
