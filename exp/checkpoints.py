@@ -201,7 +201,7 @@ class Checkpoint(Callback):
         if dist.is_available() and dist.is_initialized() and dist.get_rank(): return
         path = self.folder/f'{self.run_id}.{run.n_iter:09d}.pt'
         state = self.state(run, epoch, batch)
-        for old in [*self.files(self.run_id)[:0:-1], None]:        # the newest makes no room
+        for old in [*self.files(self.run_id)[:0:-1], None]:        # oldest first, never the newest
             try: write_file(path, 'checkpoint', state)
             except CheckpointError as e:
                 full = getattr(e.__cause__, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT)

@@ -45,7 +45,7 @@ class CheckpointError(ValueError):
 
 # %% ../nbs/09ca_files.ipynb #0e9fb952
 def sweep(folder, names='*', age=86_400):
-    "Remove what killed writes of files called `names` have left here, `age` seconds ago or more."
+    "Remove what killed writes of `names` left here, if `age` seconds old or older."
     for f in Path(folder).glob(f'.{names}.????????.exp-tmp'):
         with contextlib.suppress(OSError):                 # somebody else may be sweeping, too
             if time.time() - f.stat().st_mtime >= age: f.unlink()
@@ -158,7 +158,7 @@ def check_model(model, sd) -> None:
     def forms(sd): return {k: form(v) if torch.is_tensor(v) else 'there' for k, v in sd.items()}
     here, there = forms(model.state_dict()), forms(sd)
     if bad := [k for k in {**here, **there} if here.get(k) != there.get(k)]:
-        k, more = bad[0], f'; {len(bad) - 1} more differences' if bad[1:] else ''
+        k, more = bad[0], f'; {len(bad) - 1} more' if bad[1:] else ''
         raise ValueError(f'it is of another architecture: {k} is {there.get(k, "missing")} '
                          f'in the file, {here.get(k, "missing")} here{more}')
 
@@ -169,7 +169,7 @@ def same_kind(saved, here, where) -> None:
     numbers = isinstance(saved, number) and isinstance(here, number)
     if saved is None or here is None or numbers: return
     if type(saved) is not type(here):
-        raise ValueError(f'{where} is a {type(saved).__name__}, not a {type(here).__name__}')
+        raise ValueError(f'{where} is {type(saved).__name__}, not {type(here).__name__}')
     if isinstance(here, (list, tuple)): saved, here = dict(enumerate(saved)), dict(enumerate(here))
     if isinstance(here, dict):
         for k, v in here.items(): same_kind(saved.get(k), v, f'{where}.{k}')

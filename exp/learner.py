@@ -97,7 +97,7 @@ class Explain(Callback):
     def misfit(self, learn):
         pred, yb, loss, f, why = learn.pred, learn.yb, learn.loss, learn.loss_func, None
         known = torch.is_tensor(pred) and torch.is_tensor(yb) and yb.numel()
-        if not known: return None                                       # or a look without targets
+        if not known: return None                                       # nothing to compare
         if compares(f, _BY_PAIR) and pred.shape != yb.shape: why = 'one shape is wanted for both'
         if compares(f, _BY_CLASS): why = _class_misfit(pred, yb, f)
         if torch.is_tensor(loss) and loss.numel() != 1: why = 'the loss is no single number'
@@ -245,7 +245,7 @@ class Learner:
             self.add_cbs([])
 
     def end_fit(self):
-        "`after_fit`, for all callbacks, also those after one that fails; the first error counts."
+        "`after_fit` for all callbacks, whichever of them fails; an error of the fit itself wins."
         self.opt.zero_grad()
         with suppress(*[Exception] if self.error else []), ExitStack() as all_of_them:
             for f in reversed(self.calls['after_fit']): all_of_them.callback(f, self)

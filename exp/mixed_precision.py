@@ -32,7 +32,7 @@ def to_float(o):
     if hasattr(o, '_fields'): return type(o)(*map(to_float, o))     # a named tuple
     return type(o)(map(to_float, o)) if type(o) in (tuple, list) else o
 
-# %% ../nbs/10c_mixed_precision.ipynb #18fa8738
+# %% ../nbs/10c_mixed_precision.ipynb #42cca0a4
 def all_meet(n: int, k: int, stride: int, padding: int, dilation: int) -> bool:
     "Whether each of `k` weights along an axis of `n` pixels ever meets one, and not only padding."
     starts = range(-padding, n + padding - dilation*(k - 1), stride)
@@ -61,10 +61,14 @@ class SmallInFloat32:
         context = self.open.pop()
         if context: context.__exit__(None, None, None)
 
+    def close(self):
+        "What a layer that raised has left open."
+        while self.open: self.leave(None, None, None)
+
     def remove(self):
         for h in self.handles: h.remove()
 
-# %% ../nbs/10c_mixed_precision.ipynb #9e2d0a9b
+# %% ../nbs/10c_mixed_precision.ipynb #c7f1fa6b
 class MixedPrecision(Callback):
     """The model runs under autocast in `dtype`; weights, loss and optimizer stay float32. For
     float16 the loss is scaled, and a step with infinite gradients is skipped.
@@ -102,12 +106,13 @@ class MixedPrecision(Callback):
 
     def leave(self, run):
         "Autocast off, where it is on."
+        if self.small: self.small.close()
         if self.context is not None: self.context.__exit__(None, None, None)
         self.context = None
     after_cancel_batch = after_cancel_epoch = leave
 
     def hold(self, run):
-        "Put schedules to where the steps are: the batches of skipped steps do not count."
+        "Set each ParamScheduler's values (they run before) to where the steps are."
         pos = (run.epoch*run.iters + run.iter - self.waited)/(run.iters*run.n_epochs)
         for cb in run.cbs:
             if not isinstance(cb, ParamScheduler): continue

@@ -66,7 +66,7 @@ class ProgressCallback(Callback):
         self.pb = self.bar(range(n), parent=self.mbar) if self.mbar and n else None
         if self.pb: self.draw()
     def draw(self):
-        self.pb.wait_for = 0                                      # now, whatever it has reckoned
+        self.pb.wait_for = 0                                      # no batches to wait for: now
         self.pb.update(self.done)
         self.next = time.perf_counter() + self.every
 
