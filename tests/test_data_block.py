@@ -259,6 +259,11 @@ def test_items_without_a_name_are_split_by_their_place():
     assert a == places([Image.new('RGB', (4, 4)) for _ in range(500)]) and abs(len(a) - 100) < 35
 
 
+def test_who_belongs_to_neither_side():
+    sd = SplitData.split_by_func(ItemList(['train/a/1', 'valid/a/2', 'other/a/3']), grandparent_splitter)
+    assert (sd.train.items, sd.valid.items) == (['train/a/1'], ['valid/a/2'])
+
+
 def test_an_empty_side_is_an_error(tmp_path):
     for s in ('train', 'val'):
         with pytest.raises(DataError): SplitData.split_by_func(ItemList([f'{s}/a/1', f'{s}/a/2']), grandparent_splitter)
@@ -287,6 +292,13 @@ def test_a_refused_label_leaves_nothing_behind():
     class Upper(Processor):
         def proc1(self, item): return item.upper()
     with pytest.raises(DataError, match='— c$'): LabeledData(ItemList(['a', 'b', 'c']), ['a', 'b', 'c'], proc_y=[Upper(), CategoryProcessor(['A', 'B'])])
+    class Picky(CategoryProcessor):
+        def fit(self, items): [self.fit_one(o) for o in items]; super().fit(items)
+        def fit_one(self, o):
+            if o == 'bad': raise DataError('bad')
+    proc = Picky()
+    with pytest.raises(DataError, match='^1 of 3.*— c$'): LabeledData(ItemList(['a', 'b', 'c']), ['x', 'y', 'bad'], proc_y=proc)
+    assert proc(['z', 'w']) == [1, 0]
     with pytest.raises(ValueError): LabeledData(ItemList(['a', 'b']), ['x'])
     for odd in (.5, ['a'], np.array([1, 2])): pytest.raises(ValueError, label_by_func, THREE, lambda o: odd)
 
