@@ -109,7 +109,7 @@ def make_rgb(item):
     paper = Image.new('RGBA', item.size, 'white')
     return Image.alpha_composite(paper, item.convert('RGBA')).convert('RGB')
 
-# %% ../nbs/07c_items.ipynb #e92f99d9
+# %% ../nbs/07c_items.ipynb #e271ae0e
 class ResizeFixed:
     """Squeezes a PIL image to `size` pixels: a number for a square, or (width, height).
 
@@ -118,8 +118,8 @@ class ResizeFixed:
     def __init__(self, size): self.size = (size, size) if isinstance(size, int) else tuple(size)
     def __call__(self, item):
         if item.mode not in ('RGB', 'L'): return item.resize(self.size, Image.Resampling.BILINEAR)
-        x = self.batch(to_byte_tensor(item)[None])[0]            # (C, H, W)
-        return Image.fromarray(x.permute(1, 2, 0).squeeze(-1).numpy())
+        x = to_byte_tensor(item).permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # (1, C, H, W)
+        return Image.fromarray(self.batch(x)[0].permute(1, 2, 0).squeeze(-1).numpy())
     def batch(self, xb):
         "The same for bytes (N, C, H, W)."
         return F.interpolate(xb, self.size[::-1], mode='bilinear', antialias=True)
