@@ -56,12 +56,12 @@ def _factor(out, bias, target):
     if s <= 0: return None, f'its bias alone has variance {var_b:.3g}, and may not be moved'
     return s, None
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #4aa38377
-def _frames(*shape, generator, dtype):
-    "Random matrices (…, rows, cols) with orthonormal rows, rows ≤ cols, all directions alike."
-    g = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
-    if shape[-2] == 1: return g/g.norm(dim=-1, keepdim=True)        # depthwise: nothing to do
-    q, r = torch.linalg.qr(g.mT)
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #3bb0f650
+def _frames(rows, cols, *batch, generator, dtype):
+    "Random matrices (*batch, rows, cols) with orthonormal rows, rows ≤ cols, all directions alike."
+    g = torch.randn(*batch, cols, rows, generator=generator, dtype=dtype, device=generator.device)
+    if rows == 1: return (g/g.norm(dim=-2, keepdim=True)).mT        # depthwise: nothing to do
+    q, r = torch.linalg.qr(g)
     signs = r.diagonal(dim1=-2, dim2=-1).sgn()      # QR leaves them open; these make it fair
     return (q*signs.unsqueeze(-2)).mT
 
@@ -73,7 +73,7 @@ def _block(rows, cols, qr_limit):
 
 def _seeded(): return torch.Generator().manual_seed(torch.randint(2**62, ()).item())
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #0acc16aa
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #fca2bf98
 @torch.no_grad()
 def orthonormal_(w: torch.Tensor, groups: int = 1, generator: torch.Generator = None,
                  qr_limit: float = 3e6) -> torch.Tensor:
@@ -88,12 +88,14 @@ def orthonormal_(w: torch.Tensor, groups: int = 1, generator: torch.Generator = 
     n, m = w.shape[0]//groups, w[0].numel()
     rows, cols = min(n, m), max(n, m)
     q = _block(rows, cols, qr_limit)
-    a = _frames(groups, q, rows//q, cols//q, **new).transpose(1, 2)        # (groups, a, i, j)
-    b = _frames(groups, cols//q, q, q, **new).transpose(1, 2)              # (groups, i, j, d)
     full = w if w.is_contiguous() else torch.empty_like(w, memory_format=torch.contiguous_format)
     o = full.view(groups, n, m) if n <= m else full.view(groups, n, m).mT  # (groups, rows, cols)
-    o = o.unflatten(2, (-1, q)).unflatten(1, (-1, q))                      # (groups, a, i, j, d)
-    torch.mul(a.unsqueeze(-1).to(w.device), b.unsqueeze(1).to(w.device), out=o)
+    if q == 1: o.copy_(_frames(rows, cols, groups, **new))
+    else:
+        a = _frames(rows//q, cols//q, groups, q, **new).transpose(1, 2)    # (groups, a, i, j)
+        b = _frames(q, q, groups, cols//q, **new).transpose(1, 2)          # (groups, i, j, d)
+        o = o.unflatten(2, (-1, q)).unflatten(1, (-1, q))                  # (groups, a, i, j, d)
+        torch.mul(a.unsqueeze(-1).to(w.device), b.unsqueeze(1).to(w.device), out=o)
     return w if full is w else w.copy_(full)
 
 # %% ../nbs/more/07b_lsuv_any_net.ipynb #0d5edc64
