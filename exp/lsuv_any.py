@@ -56,7 +56,7 @@ def _factor(out, bias, target):
     if s <= 0: return None, f'its bias alone has variance {var_b:.3g}, and may not be moved'
     return s, None
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #3bb0f650
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #188454e6
 def _frames(rows, cols, *batch, generator, dtype):
     "Random matrices (*batch, rows, cols) with orthonormal rows, rows ≤ cols, all directions alike."
     g = torch.randn(*batch, cols, rows, generator=generator, dtype=dtype, device=generator.device)
@@ -69,14 +69,15 @@ def _block(rows, cols, qr_limit):
     "The block size that makes weaving cheapest; 1, plain QR, up to `qr_limit` multiplications."
     if rows*rows*cols <= qr_limit: return 1
     fits = [q for q in range(1, rows + 1) if rows % q == cols % q == 0]
-    return min(fits, key=lambda q: rows*rows*cols/q**2 + cols*q**2)
+    def work(q): return rows*rows*cols/q**2 + cols*q**2 + 5e3*(q + cols/q)     # and each call
+    return min(fits, key=work)
 
 def _seeded(): return torch.Generator().manual_seed(torch.randint(2**62, ()).item())
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #fca2bf98
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #b64f546f
 @torch.no_grad()
 def orthonormal_(w: torch.Tensor, groups: int = 1, generator: torch.Generator = None,
-                 qr_limit: float = 3e6) -> torch.Tensor:
+                 qr_limit: float = 2.5e6) -> torch.Tensor:
     """Fill the weight `w` (n_out, …) in place: in each group orthonormal rows (flattened), or
     columns where it has more rows. Above `qr_limit` multiplications it is woven of small matrices.
 
