@@ -282,7 +282,7 @@ def _from_mirror(name, to, mirror):
         if digest and f.is_file() and file_digest(f) == digest: return f
     raise DataError(f'the mirror {_public(mirror)} has no {name} that its SHA256SUMS vouches for')
 
-# %% ../nbs/01_datasets.ipynb #1766e061
+# %% ../nbs/01_datasets.ipynb #6b8b7ef4
 def get_archive(url, to, tries=4, folder=None):
     """The archive at `url`, from the mirror or else its address: `(path, where from)`.
 
@@ -296,8 +296,8 @@ def get_archive(url, to, tries=4, folder=None):
     except DataError as e: failed.append(str(e))
     raise DataError(f'{name} could not be had ({"; ".join(failed)}). Three ways out: put the '
                     f'unpacked folder at {folder or data_home()/data_name(url)} ($FASTAI_HOME '
-                    f'names another place); or set EXP_MIRROR to a folder or address that holds {name} '
-                    'and SHA256SUMS; or go online and call again.')
+                    f'names another place); or set EXP_MIRROR to a folder or address that holds '
+                    f'{name} and SHA256SUMS; or go online and call again.')
 
 # %% ../nbs/01_datasets.ipynb #276bef8f
 def _of_this(dest, url):
