@@ -114,7 +114,12 @@ def published_digest(url):
     known |= {URLs.MNIST + name: md5 for name, md5 in MNIST.resources}
     return ('md5', known[url]) if url in known else None
 
-# %% ../nbs/01_datasets.ipynb #b2dcb525
+# %% ../nbs/01_datasets.ipynb #d498581b
+def _check_room(name, need, room):
+    if need <= room: return
+    free = f'only {room/1e6:,.0f} MB are free ($FASTAI_HOME names another place)'
+    raise DataError(f'{name} needs {need/1e6:,.0f} MB, and {free}')
+
 def _public(url):
     "`url` without a name and password."
     return re.sub(r'(?<=//)[^/?#]*@', '', url)
@@ -128,11 +133,7 @@ def _request(url, have):
         request.add_unredirected_header('Authorization', f'Basic {login}')
     return request
 
-# %% ../nbs/01_datasets.ipynb #8b50fa33
-def _check_room(name, need, room):
-    if need <= room: return
-    raise DataError(f'{name} needs {need/1e6:,.0f} MB, and only {room/1e6:,.0f} MB are free for it')
-
+# %% ../nbs/01_datasets.ipynb #e6ed3342
 def _say(name, have, total, speed, end=''):
     "How far a download is: a line that rewrites itself on a terminal, one at the `end` elsewhere."
     screen = sys.stderr.isatty()
@@ -238,7 +239,7 @@ def _write_members(archive, to):
         if is_folder: continue
         with opened() as src, open(f, 'wb') as out: shutil.copyfileobj(src, out)
 
-# %% ../nbs/01_datasets.ipynb #56878350
+# %% ../nbs/01_datasets.ipynb #ed14223d
 def unpack(archive, dest) -> Path:
     """Unpack a .tgz, .tar or .zip into the new folder `dest`, all or nothing.
 
@@ -254,7 +255,8 @@ def unpack(archive, dest) -> Path:
     except (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile,
             zlib.error, lzma.LZMAError) as e:
         why = getattr(e, 'strerror', None) or f'not a whole archive, or not one for us ({e})'
-        raise DataError(f'{archive}: not unpacked into {dest.parent}: {why}') from e
+        where = f'{dest.parent} ($FASTAI_HOME names another place)'
+        raise DataError(f'{archive}: not unpacked into {where}: {why}') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return dest
 
@@ -282,7 +284,7 @@ def _from_mirror(name, to, mirror):
         if digest and f.is_file() and file_digest(f) == digest: return f
     raise DataError(f'the mirror {_public(mirror)} has no {name} that its SHA256SUMS vouches for')
 
-# %% ../nbs/01_datasets.ipynb #1766e061
+# %% ../nbs/01_datasets.ipynb #6b8b7ef4
 def get_archive(url, to, tries=4, folder=None):
     """The archive at `url`, from the mirror or else its address: `(path, where from)`.
 
@@ -296,8 +298,8 @@ def get_archive(url, to, tries=4, folder=None):
     except DataError as e: failed.append(str(e))
     raise DataError(f'{name} could not be had ({"; ".join(failed)}). Three ways out: put the '
                     f'unpacked folder at {folder or data_home()/data_name(url)} ($FASTAI_HOME '
-                    f'names another place); or set EXP_MIRROR to a folder or address that holds {name} '
-                    'and SHA256SUMS; or go online and call again.')
+                    f'names another place); or set EXP_MIRROR to a folder or address that holds '
+                    f'{name} and SHA256SUMS; or go online and call again.')
 
 # %% ../nbs/01_datasets.ipynb #276bef8f
 def _of_this(dest, url):
