@@ -10,10 +10,9 @@ __all__ = ['ONLY_WORKERS', 'grandparent_splitter', 'split_by_func', 'item_draws'
            'get_files', 'image_extensions', 'make_rgb', 'open_image', 'show_image', 'show_images', 'to_byte_tensor',
            'to_float_tensor']
 
-# %% ../nbs/08_data_block.ipynb #b966c243
+# %% ../nbs/08_data_block.ipynb #c588729a
 import copy, hashlib, os, pickle, sys, warnings
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,8 +23,8 @@ from .callbacks import DataBunch
 from .datasets import DataError, readable
 from .items import (ImageList, ItemList, ListContainer, NormalizeBytes, ResizeFixed, compose,
                        describe, get_files, image_extensions, item_key, listed, make_rgb,
-                       open_image, pick, same_draws, show_image, show_images, step_name,
-                       to_byte_tensor, to_float_tensor, walk)
+                       open_image, pick, same_draws, show_image, show_images,    # noqa: F401
+                       step_name, to_byte_tensor, to_float_tensor, walk)
 
 _all_ = ['DataBunch', 'ImageList', 'ItemList', 'ListContainer', 'NormalizeBytes', 'ResizeFixed',
          'get_files', 'image_extensions', 'make_rgb', 'open_image', 'show_image', 'show_images',

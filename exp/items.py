@@ -7,10 +7,11 @@ __all__ = ['image_extensions', 'listed', 'get_files', 'open_image', 'show_image'
            'to_byte_tensor', 'to_float_tensor', 'pick', 'ListContainer', 'step_name', 'describe', 'compose', 'ItemList',
            'item_key', 'ImageList', 'same_draws', 'walk', 'NormalizeBytes']
 
-# %% ../nbs/07c_items.ipynb #df780805
+# %% ../nbs/07c_items.ipynb #d1269ca4
 import copy, os
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -185,7 +186,7 @@ def compose(x, tfms, name='it'):
             raise RuntimeError(f'{name}: {step_name(t)} failed on {describe(x)} ({e})') from e
     return x
 
-# %% ../nbs/07c_items.ipynb #795f36ee
+# %% ../nbs/07c_items.ipynb #cacb9d92
 class ItemList(ListContainer):
     """Items, the folder `path` they belong to, and transforms `tfms`, any functions item → item:
     `[i]` is `get(items[i])` sent through them in the order of their `_order` (else 0)."""
@@ -207,7 +208,7 @@ class ItemList(ListContainer):
         return item
     def one(self, item): return compose(self.get(item), self.tfms, item)
     def name(self, i): return item_key(self, i)
-    def __getitem__(self, idx):
+    def __getitem__(self, idx) -> Any:
         if isinstance(idx, slice) or np.ndim(idx): return [*map(self.one, pick(self.items, idx))]
         return self.one(self.items[idx])
     def __getitems__(self, idxs):

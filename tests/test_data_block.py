@@ -1,5 +1,4 @@
 """exp.items and exp.data_block against torchvision, Pillow and plain walks, with broken files and processes that start by spawn."""
-import os
 import pickle
 import random
 import subprocess
@@ -205,7 +204,7 @@ def test_one_several_and_a_mask(items):
     l = ListContainer(items)
     assert l[3] == 3 and l[-1] == 19 and [int(o) for o in l[[5, 1]]] == [5, 1] and [int(o) for o in l[[i % 2 == 1 for i in range(20)]]] == [*range(1, 20, 2)] and len(l[[]]) == 0
     assert isinstance(l[np.array([1])], Block) == isinstance(items, Block) and '(20 items)' in repr(l)
-    for bad in ([True], [20]): pytest.raises(IndexError, lambda: l[bad])
+    for bad in ([True], [20]): pytest.raises(IndexError, l.__getitem__, bad)
 
 
 def test_a_series_goes_by_place_not_by_label():
@@ -259,6 +258,11 @@ def test_items_without_a_name_are_split_by_their_place():
     assert a == places([Image.new('RGB', (4, 4)) for _ in range(500)]) and abs(len(a) - 100) < 35
 
 
+def test_who_belongs_to_neither_side():
+    sd = SplitData.split_by_func(ItemList(['train/a/1', 'valid/a/2', 'other/a/3']), grandparent_splitter)
+    assert (sd.train.items, sd.valid.items) == (['train/a/1'], ['valid/a/2'])
+
+
 def test_an_empty_side_is_an_error(tmp_path):
     for s in ('train', 'val'):
         with pytest.raises(DataError): SplitData.split_by_func(ItemList([f'{s}/a/1', f'{s}/a/2']), grandparent_splitter)
@@ -287,8 +291,15 @@ def test_a_refused_label_leaves_nothing_behind():
     class Upper(Processor):
         def proc1(self, item): return item.upper()
     with pytest.raises(DataError, match='— c$'): LabeledData(ItemList(['a', 'b', 'c']), ['a', 'b', 'c'], proc_y=[Upper(), CategoryProcessor(['A', 'B'])])
+    class Picky(CategoryProcessor):
+        def fit(self, items): [self.fit_one(o) for o in items]; super().fit(items)
+        def fit_one(self, o):
+            if o == 'bad': raise DataError('bad')
+    proc = Picky()
+    with pytest.raises(DataError, match='^1 of 3.*— c$'): LabeledData(ItemList(['a', 'b', 'c']), ['x', 'y', 'bad'], proc_y=proc)
+    assert proc(['z', 'w']) == [1, 0]
     with pytest.raises(ValueError): LabeledData(ItemList(['a', 'b']), ['x'])
-    for odd in (.5, ['a'], np.array([1, 2])): pytest.raises(ValueError, label_by_func, THREE, lambda o: odd)
+    for odd in (.5, ['a'], np.array([1, 2])): pytest.raises(ValueError, label_by_func, THREE, lambda o, odd=odd: odd)
 
 
 @pytest.mark.parametrize('kind', [int, np.int64, torch.tensor, lambda i: 'ab'[i], lambda i: np.str_('ab'[i])])

@@ -13,7 +13,7 @@ from conftest import ROOT, python, small_env
 SCRIPTS = sorted((ROOT/'tests/editor').glob('*.py'))
 
 # Scripts on modules of which an editor cannot see all yet (`@patch`): they run, and something false is said of them. This list can only shrink.
-WAITING = {'data_block', 'runner'}
+WAITING = {'runner'}
 
 # Two of pyright's rules are against the protocols of the slides, not against anybody's code: `_defaults` on a function, and a stat whose
 # `update` names the hypers it wants.
