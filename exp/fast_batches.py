@@ -146,7 +146,7 @@ def settle(worker) -> None:
     "In a fresh worker: the garbage collector leaves alone what came from the parent."
     gc.freeze()
 
-# %% ../nbs/more/08b_fast_batches.ipynb #a48221a4
+# %% ../nbs/more/08b_fast_batches.ipynb #7a31d58f
 def _last_words(e):
     "The message of a `DataError` that torch brought from a worker, without the worker's traceback."
     return re.split(r'^[\w.]*DataError: ', str(e), flags=re.M)[-1].strip()
@@ -174,7 +174,7 @@ class ItemLoader(DataLoader):
         self.bs, self.skipped = bs, dict(getattr(source, 'skipped', {}))
 
     def __iter__(self):
-        mine, known = not self._busy, set(self.skipped)
+        mine, known, broken = not self._busy, set(self.skipped), ''
         if mine: self._look()
         batches = super().__iter__() if mine else self._get_iterator()
         if mine: self._busy = True
@@ -182,13 +182,16 @@ class ItemLoader(DataLoader):
             for xb, yb, bad in batches:
                 self.skipped.update(bad)
                 if len(xb): yield xb if yb is None else (xb, yb)
-        except DataError as e: raise DataError(_last_words(e)) from None
+        except DataError as e: broken = _last_words(e.with_traceback(None))    # that holds workers
         finally:
             if mine: self._busy = False
+        if broken: raise DataError(broken)
+        if len(self.skipped) > len(known): self._tell(known)
+
+    def _tell(self, known):
         new = [f'{f} ({why})' for f, why in self.skipped.items() if f not in known]
-        if not new: return
         warnings.warn(f'{len(new):,} of {len(self.source):,} pictures cannot be read and were '
-                      f'skipped: {", ".join(new[:5])}', stacklevel=2)
+                      f'skipped: {", ".join(new[:5])}', stacklevel=3)
 
     def _look(self):
         "Workers that hold another state of the source than it has now are let go."

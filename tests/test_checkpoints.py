@@ -30,7 +30,8 @@ from exp.callbacks import EVENTS, AvgStatsCallback, BatchTransformXCallback, Cal
 from exp.checkpoints import Checkpoint, data_facts
 from exp.files import load, save
 from exp.convnets import Lambda, flatten
-from exp.data_block import ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler, to_byte_tensor
+from exp.data_block import ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, item_dl, label_by_func, make_rgb, parent_labeler, to_byte_tensor
+from exp.fast_batches import fast_dl
 from exp.files import CheckpointError, write_atomic
 from exp.learner import CancelStepException, Learner
 from exp.lr_find import rng_state
@@ -121,7 +122,7 @@ def pictures_learner(folder, workers, seed, cls=ImageList):
     il = cls.from_files(folder, tfms=[make_rgb, to_byte_tensor])
     sd = label_by_func(SplitData.split_by_func(il, grandparent_splitter), parent_labeler)
     sd.train.x.tfms, sd.valid.x.tfms = [make_rgb, Jitter(), to_byte_tensor], [make_rgb, ResizeFixed(12), to_byte_tensor]
-    data = sd.to_databunch(6, seed=seed, num_workers=workers)
+    data = sd.to_databunch(6, seed=seed, num_workers=workers, make_dl=item_dl if workers else fast_dl)          # both kinds of order come back
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.2), nn.AdaptiveAvgPool2d(2), Lambda(flatten), nn.Linear(16, 2))
     return Learner(model, data, F.cross_entropy, adam_opt(), lr=.01, cbs=[AvgStatsCallback(accuracy, silent=True), Recorder()])
 

@@ -12,9 +12,6 @@ from conftest import ROOT, python, small_env
 
 SCRIPTS = sorted((ROOT/'tests/editor').glob('*.py'))
 
-# Scripts on modules of which an editor cannot see all yet (`@patch`): they run, and something false is said of them. This list can only shrink.
-WAITING = set()
-
 # Two of pyright's rules are against the protocols of the slides, not against anybody's code: `_defaults` on a function, and a stat whose
 # `update` names the hypers it wants.
 SETTINGS = dict(typeCheckingMode='standard', reportFunctionMemberAccess=False, reportIncompatibleMethodOverride=False)
@@ -43,8 +40,7 @@ def test_an_editor_reports_what_is_wrong_and_nothing_else():
         wrong = {i for i, line in enumerate(path.read_text().splitlines(), 1) if line.endswith('# wrong')}
         false = [f'{path.name}:{i}: {" ".join(m)}' for i, m in sorted(reported[path.stem].items()) if i not in wrong]
         missed = [f'{path.name}:{i}: nothing is reported' for i in sorted(wrong - {*reported[path.stem]})]
-        if path.stem not in WAITING: faults += false + missed
-        elif not false + missed: faults.append(f'{path.name}: understood, take it out of WAITING')
+        faults += false + missed
     assert not faults, '\n'.join(faults)
 
 

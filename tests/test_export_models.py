@@ -3,6 +3,7 @@ import importlib
 import subprocess
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from exp.batchnorm import BatchNorm
 from exp.callbacks import AvgStatsCallback, BatchTransformXCallback
 from exp.convnets import GeneralRelu, Lambda, conv_relu, flatten
 from exp.data_block import ImageList, NormalizeBytes, ResizeFixed, SplitData, grandparent_splitter, label_by_func, make_rgb, parent_labeler, to_byte_tensor
+from exp.datasets import DataError
 from exp.export_models import TRAVELS, export, find, load_learner, load_safetensors, pack, register, save_safetensors, unpack
 from exp.files import CheckpointError, plain
 from exp.learner import Learner
 from exp.optimizers import sgd_mom_opt
+from exp.pictures import any_rgb, open_picture
 
 
 def learner(tmp_path, norm=BatchNorm, seed=0):
@@ -48,6 +51,30 @@ def test_it_predicts_the_same_elsewhere(tmp_path, data_home):
     code = f'from exp.export_models import load_learner\nfor path, fn in {files!r}: l = load_learner(path); r = l.predict(fn); print(r[0], r[1].tolist(), l.data.classes)'
     p = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env={**small_env(data_home), 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True)
     assert p.stdout == said, p.stderr
+
+
+def renamed(o, old, new):
+    "A file's plain data with other names in it."
+    if isinstance(o, dict): return {k: renamed(v, old, new) for k, v in o.items()}
+    if isinstance(o, (list, tuple)): return type(o)(renamed(v, old, new) for v in o)
+    return o.replace(old, new) if isinstance(o, str) else o
+
+
+def test_the_opener_travels_and_older_files_are_read(tmp_path):
+    learn = learner(tmp_path).fit(1)
+    fn = learn.data.source.valid.x.items[0]
+    learn.data.source.valid.x.open = partial(open_picture, max_pixels=9, fast=True)
+    there = load_learner(export(learn, tmp_path/'e.pt')).data.source.valid.x
+    assert there.open.func is open_picture and there.open.keywords == {'max_pixels': 9, 'fast': True}
+    with pytest.raises(DataError): there.one(fn)
+    learn.data.source.valid.x.open = open_picture
+    d = torch.load(export(learn, tmp_path/'e.pt'), weights_only=True)
+    data = {k: v for k, v in d['data'].items() if k not in ('open', 'options')}
+    torch.save(renamed({**d, 'data': {**data, 'max_pixels': None}}, 'exp.items.', 'exp.data_block.'), tmp_path/'old.pt')
+    old = load_learner(tmp_path/'old.pt')
+    assert old.predict(fn)[1].equal(learn.predict(fn)[1]) and old.data.source.valid.x.tfms[0] is any_rgb
+    learn.data.source.valid.x.open = lambda fn: open_picture(fn)
+    with pytest.raises(CheckpointError, match='what opens a picture'): export(learn, tmp_path/'f.pt')
 
 
 def test_a_model_alone_and_data_without_words(tmp_path, monkeypatch):

@@ -1,12 +1,10 @@
 """exp.fast_batches: batches that are their items, an order that is the seed's alone, workers, broken files, memory."""
 import copy
-import os
 import pickle
 import random
 import subprocess
 import sys
 import warnings
-from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
@@ -240,13 +238,6 @@ def test_workers_that_start_by_spawn(sample, tmp_path, data_home):
     (tmp_path/'s.py').write_text(SPAWN)
     r = subprocess.run([sys.executable, tmp_path/'s.py', sample], env={**small_env(data_home), 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=200)
     assert 'same batches' in r.stdout, r.stderr[-2000:]
-
-
-def test_a_small_dev_shm_is_explained(ll, monkeypatch):
-    monkeypatch.setattr(F.shutil, 'disk_usage', lambda p: namedtuple('U', 'total used free')(64e6, 0, 1e5))
-    if not os.path.exists('/dev/shm'): pytest.skip('none here')
-    with pytest.warns(UserWarning, match='need 1 MB .*shared memory'): dl = fast_dl(ll.train, 64, num_workers=2, prefetch_factor=2)
-    assert dl.num_workers == 0 and fast_dl(ll.train, 2, num_workers=2).num_workers == 2
 
 
 @pytest.mark.parametrize('kw', [dict(prefetch_factor=4), dict(persistent_workers=True), dict(timeout=5)], ids=str)

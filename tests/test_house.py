@@ -13,9 +13,7 @@ except ImportError: import tomli as tomllib
 # Notebooks that have not been rewritten at their size yet. Nothing but the order of imports is held of them and of their modules; whoever
 # rewrites one takes its name out of here and out of [tool.ruff] in pyproject.toml.
 NOT_YET = {
-    '00_export', '01_datasets', '06_convnets', '07_batchnorm', '07a_lsuv', '08_data_block',
-    '10_transforms', '10b_mixup',
-    '10c_mixed_precision', '10d_distributed', '11_xresnet', '11a_interpret', '11b_train_imagenette',
+        '10_transforms', '10d_distributed', '11a_interpret', '11b_train_imagenette',
 }
 
 by_name = {n.name: n for n in house.notebooks()}

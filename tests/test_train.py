@@ -84,7 +84,7 @@ def test_faults_of_a_folder(tmp_path, data_home, capsys):
         return err
     for n in 'abcdef': (tmp_path/n).mkdir()
     assert 'no folder train/' in said(tmp_path/'a')
-    assert 'no images' in said(folder(tmp_path/'b', n=0))
+    assert 'no pictures' in said(folder(tmp_path/'b', n=0))
     assert 'one class only (a)' in said(folder(tmp_path/'c', train=('a',), val=('a',)))
     assert "label 'z' is none of the 2 of the training set (a, b)" in said(folder(tmp_path/'d', val=('a', 'z')))
     bad = folder(tmp_path/'e')
