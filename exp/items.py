@@ -109,7 +109,7 @@ def make_rgb(item):
     paper = Image.new('RGBA', item.size, 'white')
     return Image.alpha_composite(paper, item.convert('RGBA')).convert('RGB')
 
-# %% ../nbs/07c_items.ipynb #e92f99d9
+# %% ../nbs/07c_items.ipynb #e271ae0e
 class ResizeFixed:
     """Squeezes a PIL image to `size` pixels: a number for a square, or (width, height).
 
