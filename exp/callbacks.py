@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'NO_PASS', 'Callback', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'check_events',
-           'Runner', 'AvgStatsCallback', 'default_device', 'to_device', 'CudaCallback', 'BatchTransformXCallback',
-           'get_hypers', 'Recorder', 'AvgStats', 'DataBunch', 'Dataset', 'accuracy', 'batch_len', 'binary_accuracy',
-           'column_names', 'get_dls', 'metric_name', 'over_the_whole']
+           'Runner', 'get_runner', 'AvgStatsCallback', 'default_device', 'to_device', 'CudaCallback',
+           'BatchTransformXCallback', 'get_hypers', 'Recorder', 'AvgStats', 'DataBunch', 'Dataset', 'accuracy',
+           'batch_len', 'binary_accuracy', 'column_names', 'get_dls', 'metric_name', 'over_the_whole']
 
-# %% ../nbs/04_callbacks.ipynb #a9da42e6
+# %% ../nbs/04_callbacks.ipynb #8488eeba
 import copy, difflib, numbers, re, time
 
 import torch
+import torch.nn.functional as F
 
 # %% ../nbs/04_callbacks.ipynb #9fe9db35
 from .minibatch import batch_len, binary_accuracy, metric_name    # noqa: F401
@@ -114,6 +115,11 @@ class Runner:
             self.opt.zero_grad()
             self('after_fit')
         return self
+
+# %% ../nbs/04_callbacks.ipynb #c7390b61
+def get_runner(model, data, lr, cbs=(), opt_func=torch.optim.SGD, loss_func=F.cross_entropy):
+    "A `Runner` on `model` with `opt_func(model.parameters(), lr=lr)`."
+    return Runner(model, data, loss_func, opt_func(model.parameters(), lr=lr), cbs)
 
 # %% ../nbs/04_callbacks.ipynb #57c2f4d8
 NO_PASS = float('nan')                      # of a pass that did not take place: known by `is`

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['Lambda', 'flatten', 'Hook', 'Hooks', 'append_stats', 'plot_stats', 'plot_hists', 'init_cnn', 'GeneralRelu',
-           'conv_relu', 'prev_pow_2', 'get_cnn_layers', 'get_cnn_model', 'get_runner', 'bare', 'keep_freed_memory']
+           'conv_relu', 'prev_pow_2', 'get_cnn_layers', 'get_cnn_model', 'bare', 'keep_freed_memory']
 
-# %% ../nbs/06_convnets.ipynb #31fe6c5b
+# %% ../nbs/06_convnets.ipynb #9bf840b7
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from .callbacks import Runner
 
 # %% ../nbs/06_convnets.ipynb #4c6f81ca
 class Lambda(nn.Module):
@@ -26,9 +24,9 @@ def flatten(x):
     "(N, C, 1, 1) to (N, C)."
     return x.flatten(1)
 
-# %% ../nbs/06_convnets.ipynb #33e6ff10
+# %% ../nbs/06_convnets.ipynb #6d12bbf2
 class Hook:
-    "Calls `f(hook, module, input, output)` after each forward pass of `module`; a context manager, removed at its end."
+    "Calls `f(hook, module, input, output)` after each forward pass; removed at its `with`'s end."
     def __init__(self, module, f): self.handle = module.register_forward_hook(partial(f, self))
     def remove(self): self.handle.remove()
     def __enter__(self): return self
@@ -43,44 +41,54 @@ class Hooks(list):
     def __enter__(self): return self
     def __exit__(self, *args): self.remove()
 
-# %% ../nbs/06_convnets.ipynb #29867875
+# %% ../nbs/06_convnets.ipynb #0a802a04
 def append_stats(hook, mod, inp, out, lo=-2., hi=8., bins=40):
-    "Hook function: appends mean, standard deviation and a histogram (`bins` between `lo` and `hi`) of a training-mode output to `hook.stats`."
+    "Hook function: mean, standard deviation and histogram of a training output, to `hook.stats`."
     if not mod.training: return
     if not hasattr(hook, 'stats'): hook.stats, hook.limits = ([], [], []), (lo, hi)
     o = out.detach().float().cpu()
-    for l, v in zip(hook.stats, (o.mean().item(), o.std().item(), o.histc(bins, lo, hi))): l.append(v)
+    now = o.mean().item(), o.std().item(), o.histc(bins, lo, hi)
+    for l, v in zip(hook.stats, now): l.append(v)
 
-# %% ../nbs/06_convnets.ipynb #18781d92
+# %% ../nbs/06_convnets.ipynb #553a07f2
 def plot_stats(hooks, title=''):
-    "Means, standard deviations and the share of near-zero outputs over the batches, a line for each of `hooks`, which hold what `append_stats` counts. Returns the figure."
-    import matplotlib.pyplot as plt                             # here, so that importing exp does not wait for it
+    "A figure of what `append_stats` has counted over the batches, a line for each of `hooks`."
+    import matplotlib.pyplot as plt             # here, so that importing exp does not wait for it
     fig, axs = plt.subplots(1, 3, figsize=(10, 2.5), dpi=60)
     for i, h in enumerate(hooks):
-        if not hasattr(h, 'stats'): raise ValueError(f'layer {i}: its hook has seen no batch in training mode')
+        if not hasattr(h, 'stats'): raise ValueError(f'layer {i}: no batch in training mode yet')
         (ms, ss, hs), (lo, hi) = h.stats, h.limits
-        mid = lo + (hi - lo)*(torch.arange(len(hs[0])) + .5)/len(hs[0])             # of each bin
-        near0 = [(c[(mid > -.25) & (mid < .5)].sum()/c.sum().clamp(min=1)).item() for c in hs]
+        mid = lo + (hi - lo)*(torch.arange(len(hs[0])) + .5)/len(hs[0])         # of each bin
+        near = (mid > -.25) & (mid < .5)
+        near0 = [(c[near].sum()/c.sum().clamp(min=1)).item() for c in hs]
         for ax, ys in zip(axs, (ms, ss, near0)): ax.plot(ys, label=f'layer {i}', lw=1)
-    for ax, t in zip(axs, ('mean', 'standard deviation', 'share near zero')): ax.set(title=t, xlabel='batch')
-    axs[0].legend(fontsize=6); fig.suptitle(title, fontsize=10); fig.tight_layout()
+    for ax, t in zip(axs, ('mean', 'standard deviation', 'share near zero')):
+        ax.set(title=t, xlabel='batch')
+    axs[0].legend(fontsize=6)
+    fig.suptitle(title, fontsize=10)
+    fig.tight_layout()
     return fig
 
-# %% ../nbs/06_convnets.ipynb #0c061b2f
+# %% ../nbs/06_convnets.ipynb #774eb8bd
 def plot_hists(hooks, title=''):
     "Histogram of each layer's outputs against batch: bright is many (log scale)."
     import matplotlib.pyplot as plt
     fig, axs = plt.subplots(1, len(hooks), figsize=(2.4*len(hooks), 2), dpi=60, squeeze=False)
     for i, (ax, h) in enumerate(zip(axs[0], hooks)):
-        ax.imshow(torch.stack(h.stats[2]).T.log1p(), origin='lower', aspect='auto', extent=(0, len(h.stats[2]), *h.limits))
-        ax.set(title=f'layer {i}', xlabel='batch', ylabel='activation' if not i else '')
-    fig.suptitle(title, fontsize=10); fig.tight_layout()
+        extent = 0, len(h.stats[2]), *h.limits
+        counts = torch.stack(h.stats[2]).T.log1p()
+        ax.imshow(counts, origin='lower', aspect='auto', extent=extent)
+        ax.set(title=f'layer {i}', xlabel='batch', ylabel='' if i else 'activation')
+    fig.suptitle(title, fontsize=10)
+    fig.tight_layout()
     return fig
 
-# %% ../nbs/06_convnets.ipynb #59cda688
+# %% ../nbs/06_convnets.ipynb #fa91b06e
 def init_cnn(model, leak=0., uniform=False):
-    "Kaiming initialisation (He et al. 2015, eq. 10 and 15) of every conv and linear layer (a last linear one with gain 1); biases 0. Returns `model`."
-    layers = [l for l in model.modules() if isinstance(l, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear))]
+    """Kaiming initialisation of every conv and linear layer (a last linear one with gain 1); biases
+    0. Returns `model`. Source: He et al. 2015, eq. 10 and 15."""
+    kinds = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear
+    layers = [l for l in model.modules() if isinstance(l, kinds)]
     init = nn.init.kaiming_uniform_ if uniform else nn.init.kaiming_normal_
     for l in layers:
         if l is layers[-1] and isinstance(l, nn.Linear): init(l.weight, nonlinearity='linear')
@@ -88,61 +96,60 @@ def init_cnn(model, leak=0., uniform=False):
         if l.bias is not None: nn.init.zeros_(l.bias)
     return model
 
-# %% ../nbs/06_convnets.ipynb #cf8e5195
+# %% ../nbs/06_convnets.ipynb #d85cd13c
 class GeneralRelu(nn.Module):
-    "`clip(leaky_relu(x, leak) − sub, max=maxv)`, each part only where it is given. `inplace` writes the ReLU over its input."
+    "`clip(leaky_relu(x, leak) − sub, max=maxv)`, each part only where it is given."
     def __init__(self, leak=None, sub=None, maxv=None, inplace=False):
         super().__init__()
         self.leak, self.sub, self.maxv, self.inplace = leak, sub, maxv, inplace
     def forward(self, x):
-        x = F.leaky_relu(x, self.leak, self.inplace) if self.leak is not None else F.relu(x, self.inplace)
+        if self.leak is None: x = F.relu(x, self.inplace)
+        else: x = F.leaky_relu(x, self.leak, self.inplace)
         if self.sub is not None: x = x - self.sub
         return x if self.maxv is None else x.clamp_max(self.maxv)
     def extra_repr(self): return f'leak={self.leak}, sub={self.sub}, maxv={self.maxv}'
 
-# %% ../nbs/06_convnets.ipynb #7f0c4540
+# %% ../nbs/06_convnets.ipynb #bee5aaa0
 def conv_relu(ni, nf, ks=3, stride=2, **kwargs):
     "Convolution (padding keeps the size at stride 1) and `GeneralRelu(**kwargs)`."
-    return nn.Sequential(nn.Conv2d(ni, nf, ks, stride=stride, padding=ks//2), GeneralRelu(**{'inplace': True, **kwargs}))
+    conv = nn.Conv2d(ni, nf, ks, stride=stride, padding=ks//2)
+    return nn.Sequential(conv, GeneralRelu(**{'inplace': True, **kwargs}))
 
 # %% ../nbs/06_convnets.ipynb #e6d4dd98
 def prev_pow_2(n):
     "The largest power of two that is at most `n` (`n` ≥ 1)."
     return 1 << (int(n).bit_length() - 1)
 
-# %% ../nbs/06_convnets.ipynb #00d4c09d
+# %% ../nbs/06_convnets.ipynb #7703f2ce
 def get_cnn_layers(data, nfs, layer=conv_relu, **kwargs):
-    "The layers of the lesson's CNN for `data.c_in` channels and `data.c_out` classes; `nfs`: channels of the layers after the stem."
+    "The lesson's CNN for `data.c_in` channels and `data.c_out` classes; `nfs`: after the stem."
     def f(ni, nf, stride=2): return layer(ni, nf, 3, stride=stride, **kwargs)
     l1 = prev_pow_2(data.c_in*3*3)
     stem = [f(data.c_in, l1, stride=1), f(l1, l1*2), f(l1*2, l1*4)]
     nfs = [l1*4, *nfs]
-    return [*stem, *(f(i, o) for i, o in zip(nfs, nfs[1:])), nn.AdaptiveAvgPool2d(1), Lambda(flatten), nn.Linear(nfs[-1], data.c_out)]
+    body = [f(i, o) for i, o in zip(nfs, nfs[1:])]
+    return [*stem, *body, nn.AdaptiveAvgPool2d(1), Lambda(flatten), nn.Linear(nfs[-1], data.c_out)]
 
 # %% ../nbs/06_convnets.ipynb #f6586f7a
 def get_cnn_model(data, nfs, layer=conv_relu, **kwargs):
     "`get_cnn_layers` as an `nn.Sequential`: (N, c_in, H, W) floats to (N, c_out) scores."
     return nn.Sequential(*get_cnn_layers(data, nfs, layer, **kwargs))
 
-# %% ../nbs/06_convnets.ipynb #1c583103
-def get_runner(model, data, lr, cbs=(), opt_func=torch.optim.SGD, loss_func=F.cross_entropy):
-    "A `Runner` on `model` with `opt_func(model.parameters(), lr=lr)`."
-    return Runner(model, data, loss_func, opt_func(model.parameters(), lr=lr), cbs)
-
-# %% ../nbs/06_convnets.ipynb #c454c757
+# %% ../nbs/06_convnets.ipynb #6cdff2de
 def bare(model):
     "The model inside the wrappers of training (`DistributedDataParallel`, `torch.compile`)."
+    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
     while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+        if isinstance(model, parallel): model = model.module
         elif hasattr(model, '_orig_mod'): model = model._orig_mod
         else: return model
 
-# %% ../nbs/06_convnets.ipynb #eb41fb3d
+# %% ../nbs/06_convnets.ipynb #40ffa911
 def keep_freed_memory():
-    """Tell the C library to keep freed memory for the next batch. True where that is possible (Linux with glibc), else nothing is done.
+    """Tell the C library to keep freed memory for the next batch. True where it can (Linux, glibc).
 
-    It holds for the whole process, so a program decides it, not a library: `exp-train` calls it. Blocks above 32 MB still go back, which keeps the
-    whole from growing for ever. mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD."""
+    It holds for the whole process, so a program decides it: `exp-train` calls it. Blocks above
+    32 MB still go back. mallopt(3): M_MMAP_THRESHOLD, M_TRIM_THRESHOLD."""
     try:
         import ctypes
         mallopt = ctypes.CDLL(None).mallopt

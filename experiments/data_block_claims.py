@@ -18,8 +18,8 @@ import torch
 
 from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from exp.batchnorm import conv_layer
-from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CancelEpochException, accuracy
-from exp.convnets import conv_relu, get_cnn_model, get_runner, init_cnn
+from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, CancelEpochException, accuracy, get_runner
+from exp.convnets import conv_relu, get_cnn_model, init_cnn
 from exp.data_block import (ImageList, NormalizeBytes, ResizeFixed, SplitData, get_files, grandparent_splitter, image_extensions,
                             label_by_func, make_rgb, parent_labeler, to_byte_tensor)
 from exp.datasets import URLs, untar_data

@@ -19,8 +19,8 @@ from torch import nn
 
 from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from exp.batchnorm import conv_layer
-from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, accuracy, get_dls
-from exp.convnets import Lambda, flatten, get_cnn_model, get_runner, init_cnn
+from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, accuracy, get_dls, get_runner
+from exp.convnets import Lambda, flatten, get_cnn_model, init_cnn
 from exp.datasets import URLs, mnist, untar_data
 from exp.lsuv_any import lsuv_any, orthonormal_
 

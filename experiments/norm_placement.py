@@ -14,8 +14,8 @@ import torch
 
 from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from exp.batchnorm import conv_layer
-from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, CudaCallback, accuracy
-from exp.convnets import get_cnn_model, get_runner, init_cnn, keep_freed_memory
+from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, CudaCallback, accuracy, get_runner
+from exp.convnets import get_cnn_model, init_cnn, keep_freed_memory
 from exp.data_block import NormalizeBytes
 from exp.datasets import URLs, untar_data
 from exp.fast_batches import fast_dl, in_memory

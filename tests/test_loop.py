@@ -14,8 +14,8 @@ from torch import nn
 from exp.annealing import ParamScheduler, annealer, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
 from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import (EVENTS, NO_PASS, AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
-                           CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, binary_accuracy, get_dls, get_hypers)
-from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, get_runner, init_cnn, plot_hists, plot_stats
+                           CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, binary_accuracy, get_dls, get_hypers, get_runner)
+from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, init_cnn, plot_hists, plot_stats
 
 
 def small_data(n=100, bs=32, seed=0):
