@@ -25,7 +25,7 @@ from torch import nn
 
 from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from exp.batchnorm import conv_layer
-from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, DataBunch, Dataset, Recorder, accuracy, get_dls
+from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, Recorder, accuracy, get_dls
 from exp.convnets import Hooks, Lambda, flatten, get_cnn_model, get_runner, init_cnn
 from exp.datasets import URLs, mnist, untar_data
 from exp.lsuv import lsuv_init
