@@ -25,13 +25,8 @@ from torch import nn
 
 from exp.annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from exp.batchnorm import conv_layer
-<<<<<<< HEAD
 from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, Recorder, accuracy, get_dls, get_runner
 from exp.convnets import Hooks, Lambda, flatten, get_cnn_model, init_cnn
-=======
-from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, Recorder, accuracy, get_dls
-from exp.convnets import Hooks, Lambda, flatten, get_cnn_model, get_runner, init_cnn
->>>>>>> h3
 from exp.datasets import URLs, mnist, untar_data
 from exp.lsuv import lsuv_init
 
