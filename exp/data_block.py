@@ -248,7 +248,7 @@ def choose_workers(ds, num_workers=None, start=None) -> int:
     warnings.warn(f'loading without worker processes: they would not find {lost}', stacklevel=4)
     return 0
 
-# %% ../nbs/08_data_block.ipynb #40df3baa
+# %% ../nbs/08_data_block.ipynb #aa5c6a8d
 def last_proc(labeled):
     "The last processor of the targets, or None: it knows the words for them."
     return labeled.y.procs[-1] if labeled.y.procs else None
@@ -283,10 +283,10 @@ class ItemBunch(DataBunch):
         print(self)
         self.source.summary(i, pictures)
     def __repr__(self):
-        words = f'{self.c_out} classes: {", ".join(map(readable, (self.classes or [])[:10]))}'
+        words = f'classes: {", ".join(map(readable, (self.classes or ["none"])[:10]))}'
         if self.train_dl is None: return words
         (xb, yb), n, m = first_batch(self.train_dl), len(self.train_ds), len(self.valid_ds)
-        return (f'{n:,} training and {m:,} validation items, {words}\n'
+        return (f'{n:,} training and {m:,} validation items; {words}\n'
                 f'a batch: {describe(xb)}; its targets: {describe(yb)}')
 
 # %% ../nbs/08_data_block.ipynb #e6f7a9de

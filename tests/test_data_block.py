@@ -109,6 +109,11 @@ def test_links_are_followed_and_end(tmp_path):
     assert sorted(p.name for p in get_files(tmp_path/'x', '.png', recurse=True)) == ['1.png', '2.png', '3.png']
 
 
+def test_a_home_folder_gives_the_same_names(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(pictures(tmp_path, 'ds/a/1.png')))
+    assert ImageList.from_files('~/ds').name(0) == ImageList.from_files(tmp_path/'ds').name(0) == 'a/1.png'
+
+
 def test_folders_that_are_not_there(tmp_path):
     for f in (partial(get_files, tmp_path/'nope'), partial(get_files, tmp_path, recurse=True, include='trian'), partial(ImageList.from_files, tmp_path)): pytest.raises(DataError, f)
 
@@ -369,7 +374,7 @@ def test_what_is_inferred(ll, sample):
         def proc1(self, o): return torch.tensor([o/2, 1.])
         def deproc1(self, y): return y[0].item()*2
     data = label_by_func(SplitData(ll.train.x, ll.valid.x), lambda fn: float(fn.stem[-3:]), proc_y=Half()).to_databunch(8, num_workers=0)
-    assert data.c_out == 2 and data.classes is None and first_batch(data.train_dl)[1].dtype == torch.float32 and data.decode(torch.tensor([3., 0]))[0] == 6
+    assert 'classes: none' in repr(data) and data.c_out == 2 and data.classes is None and first_batch(data.train_dl)[1].dtype == torch.float32 and data.decode(torch.tensor([3., 0]))[0] == 6
 
 
 def test_what_is_refused(ll, sample):

@@ -1,5 +1,6 @@
 """exp.fast_batches: batches that are their items, an order that is the seed's alone, workers, broken files, memory."""
 import copy
+import gc
 import pickle
 import random
 import subprocess
@@ -121,6 +122,11 @@ def test_generators_are_put_back_also_after_an_error(jittered):
     assert t.generator is g
 
 
+def test_no_draw_is_that_of_the_next_item_and_the_seed_before():
+    il = ItemList([torch.zeros(1)]*2, tfms=Jitter())
+    assert not load_batch(il, [1], seed=0)[0].equal(load_batch(il, [0], seed=1)[0])
+
+
 # ------------------------------------------------------------------ the order
 def test_order_is_a_function_of_seed_and_epoch(ll):
     kept = in_memory(ll)
@@ -162,6 +168,14 @@ def test_wrong_arguments(ll, kw, kind):
 
 
 # ------------------------------------------------------------------ workers
+class Frozen(ItemList):
+    def get(self, i): return torch.tensor(gc.get_freeze_count())
+
+
+def test_workers_leave_alone_what_came_from_the_parent():
+    assert next(iter(ItemLoader(Frozen([0, 1]), 1, num_workers=1))) > 1000 and not gc.get_freeze_count()
+
+
 class Drawn:
     "A random transform that asks the global generators, as other people's do."
     def __call__(self, x): return torch.tensor([x, torch.rand(()).item(), np.random.rand(), random.random()])
