@@ -110,6 +110,7 @@ class Mixer(Callback):
     epochs (int) or the last share of the fit (float below 1). All draws are of `gen`."""
     _order, _fit_only = 3, True
     def __init__(self, alpha: float = .4, each: bool = True, stop: float = 0, seed: int = 0):
+        if not 0 < alpha < float('inf'): raise ValueError(f'alpha must be positive, not {alpha}')
         if stop < 0 or not isinstance(stop, int) and stop >= 1:
             raise ValueError(f'stop is a number of epochs or a share below 1, not {stop}')
         self.alpha, self.each, self.stop = alpha, each, stop

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['xresnet18', 'xresnet34', 'xresnet50', 'xresnet101', 'xresnet152', 'xse_resnext50', 'PLAIN', 'relu', 'conv_norm',
            'get_branch', 'get_shortcut', 'get_stem', 'SqueezeExcite', 'ResBlock', 'MaxBlurPool', 'max_pool',
-           'SelfAttention', 'scaled', 'XResNet']
+           'SelfAttention', 'XResNet']
 
 # %% ../nbs/11_xresnet.ipynb #7a3d8620
 from collections import OrderedDict
@@ -123,7 +123,7 @@ class SelfAttention(nn.Module):
         return x + (self.gamma*(together @ self.conv(flat))).view(x.shape)
 
 # %% ../nbs/11_xresnet.ipynb #fbd70b18
-def scaled(ns, width): return [max(8, round(n*width/8)*8) if width != 1 else n for n in ns]
+def _scaled(ns, width): return [max(8, round(n*width/8)*8) if width != 1 else n for n in ns]
 
 class XResNet(nn.Sequential):
     """A residual network with all the tweaks of *Bag of Tricks* (arXiv 1812.01187): (N, c_in, H, W)
@@ -140,15 +140,15 @@ class XResNet(nn.Sequential):
         if not layers or min(layers) < 1 or len(channels) != len(layers):
             raise ValueError(f'layers={layers} and channels={channels} must be as many, each ≥ 1')
         if not width > 0 or not stem: raise ValueError(f'no network of width {width}, stem {stem}')
-        n_in, stages, options = scaled(stem, width)[-1], [], {'act': act, 'norm': norm, **options}
-        for i, (n, nf) in enumerate(zip(layers, scaled(channels, width))):
+        n_in, stages, options = _scaled(stem, width)[-1], [], {'act': act, 'norm': norm, **options}
+        for i, (n, nf) in enumerate(zip(layers, _scaled(channels, width))):
             first = ResBlock(n_in, nf, min(i + 1, 2), expansion, **options)     # 1, 2, 2, 2
             n_in = nf*expansion
             more = [ResBlock(n_in, nf, 1, expansion, **options) for _ in range(n - 1)]
             last = [SelfAttention(n_in)] if sa and not i else []
             stages.append(nn.Sequential(first, *more, *last))
         head = nn.Sequential(nn.AdaptiveAvgPool2d(1), Lambda(flatten), nn.Linear(n_in, c_out))
-        super().__init__(OrderedDict(stem=get_stem(c_in, scaled(stem, width), act, norm),
+        super().__init__(OrderedDict(stem=get_stem(c_in, _scaled(stem, width), act, norm),
                                      pool=pool(), body=nn.Sequential(*stages), head=head))
         init_cnn(self)
 

@@ -150,7 +150,7 @@ def test_pack_keeps_what_a_layer_is():
 # ---------------------------------------------------------------- hostile
 
 
-NAMES = ['os.system', 'builtins.eval', 'exp.datasets.untar_data', 'exp.files.write_atomic', 'exp.data_block.open_image', 'exp.data_block.os', 'torch.nn.modules.os', 'torch.nn.init', 'torch.nn.functional',
+NAMES = ['os.system', 'builtins.eval', 'exp.datasets.untar_data', 'exp.files.write_atomic', 'exp.data_block.os', 'torch.nn.modules.os', 'torch.nn.init', 'torch.nn.functional',
          'torch.nn.Module.forward', 'torch.nn.', 'torch.nn', '', '.', 'exp.data_block.', 'exp.data_block.make_rgb.__globals__', 'antigravity.x', 5, None, ['os.system']]
 
 

@@ -436,7 +436,7 @@ def test_validate_every(n, epochs, want):
     learn = Learner(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(1200, 3)), tiny(), F.cross_entropy, lr=.01, cbs=[T.BatchTransformXCallback(lambda x: x.float()/255)])
     learn.fit(epochs, [st, T.ValidateEvery(n)])
     assert [r['epoch'] for r in st.rows if r['valid_loss'] == r['valid_loss']] == want
-    assert all(('–' in st.line(r)) == (r['epoch'] not in want) for r in st.rows)
+    assert all(('-' in st.line(r).split()) == (r['epoch'] not in want) for r in st.rows)
 
 
 def test_mean_and_deviation_of_several_runs():
