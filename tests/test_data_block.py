@@ -425,19 +425,21 @@ SPAWN = '''
 import sys
 from functools import partial
 from exp.data_block import *
+from exp.fast_batches import fast_dl
 def main():
     sd = SplitData.split_by_func(ImageList.from_files(sys.argv[1], tfms=[make_rgb, ResizeFixed(16), to_byte_tensor]), partial(grandparent_splitter, valid_name='val'))
     ll = label_by_func(sd, parent_labeler)
-    a, b = (ll.to_databunch(200, num_workers=n, seed=0, **kw) for n, kw in ((2, dict(multiprocessing_context='spawn')), (0, {})))
+    a, b = (ll.to_databunch(200, num_workers=n, seed=0, make_dl=globals()[sys.argv[2]], **kw) for n, kw in ((2, dict(multiprocessing_context='spawn')), (0, {})))
     assert a.train_dl.num_workers == 2 and all(x.equal(v) and y.equal(w) for (x, y), (v, w) in zip(a.train_dl, b.train_dl, strict=True))
     print('same batches')
 if __name__ == '__main__': main()
 '''
 
 
-def test_workers_that_start_by_spawn(sample, tmp_path, data_home):
+@pytest.mark.parametrize('loader', ['item_dl', 'fast_dl'])
+def test_workers_that_start_by_spawn(loader, sample, tmp_path, data_home):
     (tmp_path/'s.py').write_text(SPAWN)
-    r = subprocess.run([sys.executable, tmp_path/'s.py', sample], env={**small_env(data_home), 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=200)
+    r = subprocess.run([sys.executable, tmp_path/'s.py', sample, loader], env={**small_env(data_home), 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=200)
     assert 'same batches' in r.stdout, r.stderr[-2000:]
 
 

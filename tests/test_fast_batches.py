@@ -3,8 +3,6 @@ import copy
 import gc
 import pickle
 import random
-import subprocess
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -12,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, small_env
 from PIL import Image
 
 from exp import fast_batches as F
@@ -230,28 +227,6 @@ def test_copies_and_pickles_begin_anew(ll, nw):
     next(it)
     for again in (copy.copy(dl), copy.deepcopy(dl), pickle.loads(pickle.dumps(dl))): assert labels(again) == ll.valid.y.items.tolist()
     assert len(list(it)) == 4
-
-
-SPAWN = '''
-import sys
-from functools import partial
-from exp.data_block import *
-from exp.fast_batches import fast_dl
-def main():
-    il = ImageList.from_files(sys.argv[1], tfms=[make_rgb, ResizeFixed(16), to_byte_tensor])
-    sd = SplitData.split_by_func(il.new(il.items[::10]), partial(grandparent_splitter, valid_name='val'))
-    ll = label_by_func(sd, parent_labeler)
-    a, b = (ll.to_databunch(20, num_workers=n, seed=0, make_dl=fast_dl, multiprocessing_context='spawn') for n in (2, 0))
-    assert a.train_dl.num_workers == 2 and all(x.equal(v) and y.equal(w) for (x, y), (v, w) in zip(a.train_dl, b.train_dl, strict=True))
-    print('same batches')
-if __name__ == '__main__': main()
-'''
-
-
-def test_workers_that_start_by_spawn(sample, tmp_path, data_home):
-    (tmp_path/'s.py').write_text(SPAWN)
-    r = subprocess.run([sys.executable, tmp_path/'s.py', sample], env={**small_env(data_home), 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=200)
-    assert 'same batches' in r.stdout, r.stderr[-2000:]
 
 
 @pytest.mark.parametrize('kw', [dict(prefetch_factor=4), dict(persistent_workers=True), dict(timeout=5)], ids=str)
