@@ -242,10 +242,10 @@ def choose_workers(ds, num_workers=None, start=None) -> int:
     n = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
     if not n or (start or torch.multiprocessing.get_start_method()) == 'fork': return n
     in_notebook = not hasattr(sys.modules['__main__'], '__file__')
-    try: lost = b'__main__' in pickle.dumps(ds) and in_notebook and 'what this notebook defines'
+    try: lost = b'__main__' in pickle.dumps(ds) and in_notebook and "they lack this notebook's code"
     except Exception as e: lost = e
     if not lost: return n
-    warnings.warn(f'loading without worker processes: they would not find {lost}', stacklevel=4)
+    warnings.warn(f'loading without worker processes: {lost}', stacklevel=4)
     return 0
 
 # %% ../nbs/08_data_block.ipynb #aa5c6a8d
