@@ -50,7 +50,7 @@ def epoch(n=1024, size=128):
     from exp.callbacks import AvgStatsCallback, DataBunch, Dataset, accuracy, get_dls
     from exp.convnets import get_cnn_model, init_cnn
     from exp.data_block import NormalizeBytes
-    from exp.train_imagenette import NFS, get_training
+    from exp.recipes import NFS, get_training
     g = torch.Generator().manual_seed(0)
     ds = Dataset(torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=g), torch.randint(0, 10, (n,), generator=g))
     none = Dataset(ds.x[:2], ds.y[:2])

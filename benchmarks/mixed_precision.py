@@ -20,7 +20,7 @@ def precision(n=4, bs=64, size=128):
     from exp.learner import get_learner
     from exp.faster import ChannelsLast, Compile, native_dtype, no_compile_because
     from exp.mixed_precision import MixedPrecision
-    from exp.train_imagenette import NFS
+    from exp.recipes import NFS
     keep_freed_memory()
     device, g = default_device(), torch.Generator().manual_seed(0)
     dl = Ready((torch.randn(bs, 3, size, size, generator=g).to(device), torch.randint(0, 10, (bs,), generator=g).to(device)) for _ in range(n))

@@ -24,7 +24,8 @@ from exp.checkpoints import Checkpoint
 from exp.convnets import keep_freed_memory
 from exp.fast_batches import fast_dl, in_memory
 from exp.progress import ProgressCallback
-from exp.train_imagenette import find_data, get_items, get_training
+from exp.recipes import get_items, get_training
+from exp.train import find_data
 from exp.transforms import BatchAugment, RandomAffine, RandomFlip
 
 OUT = Path(__file__).with_suffix('.csv')

@@ -31,7 +31,7 @@ def one(size, seed, epochs, keep, data):
     def cpu(): r = resource.getrusage(resource.RUSAGE_CHILDREN); return r.ru_utime + r.ru_stime      # less at the mercy of neighbours than the clock
     before = cpu()
     file = Path(keep or tempfile.mkdtemp())/f'size{size}_seed{seed}.json'
-    subprocess.run([sys.executable, '-m', 'exp.train_imagenette', '--recipe', 'lesson', *(['--data', data] if data else []), '--epochs', str(epochs), '--size', str(size),
+    subprocess.run([sys.executable, '-m', 'exp.train', '--recipe', 'lesson', *(['--data', data] if data else []), '--epochs', str(epochs), '--size', str(size),
                     '--seed', str(seed), '--json', str(file)], check=True, cwd=OUT.parent.parent)
     r = json.loads(file.read_text())
     return {**{c: r.get(c) for c in COLS}, 'accuracy': round(r['accuracy'], 5), 'fit_seconds': round(sum(e['time'] for e in r['rows']), 1),

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from exp import train_imagenette as T
+from exp import recipes as T
 from exp.callbacks import AvgStatsCallback, accuracy
 from exp.convnets import keep_freed_memory
 from exp.datasets import URLs, untar_data

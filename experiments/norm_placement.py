@@ -19,7 +19,7 @@ from exp.convnets import get_cnn_model, init_cnn, keep_freed_memory
 from exp.data_block import NormalizeBytes
 from exp.datasets import URLs, untar_data
 from exp.fast_batches import fast_dl, in_memory
-from exp.train_imagenette import NFS, get_items
+from exp.recipes import NFS, get_items
 
 OUT = Path(__file__).with_suffix('.csv')
 FIELDS = ['order', 'seed', 'epoch', 'train_loss', 'valid_loss', 'valid_accuracy']

@@ -23,7 +23,7 @@ from sittings import RUNS as FOLDER
 from sittings import sitting
 
 from exp.faster import cpu_bf16
-from exp.train_imagenette import get_parser, train
+from exp.train import get_parser, train
 
 OUT = Path(__file__).with_suffix('.csv')
 FIELDS = ['recipe', 'seed', 'accuracy', 'valid_loss', 'train_loss', 'data', 'n_train', 'n_valid', 'size', 'epochs', 'device', 'arithmetic', 'threads', 'cpu_seconds', 'seconds', 'torch', 'command']

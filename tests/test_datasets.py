@@ -496,7 +496,7 @@ def test_sample_separates_a_good_model_from_a_bad_one(data_home, tmp_path):
     "The lesson's CNN learns it in three epochs, a linear model on the pixels does not: augmentation and better nets have room to show."
     import torch
     import torch.nn.functional as F
-    r = python('-m', 'exp.train_imagenette', '--data', 'sample', '--recipe', 'lesson', '--size', 96, '--epochs', 3, '--seed', 0, '--json', tmp_path/'r.json',
+    r = python('-m', 'exp.train', '--data', 'sample', '--recipe', 'lesson', '--size', 96, '--epochs', 3, '--seed', 0, '--json', tmp_path/'r.json',
                '--log-dir', tmp_path/'run', env=small_env(data_home))
     assert r.returncode == 0, r.stderr
     cnn = json.loads((tmp_path/'r.json').read_text())['accuracy']
