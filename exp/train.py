@@ -133,7 +133,7 @@ def summarise(results) -> dict:
             'seconds': sum(r['seconds'] for r in results), 'runs': len(results), 'each': results,
             **({'fault': faults[0]} if faults else {})}
 
-# %% ../nbs/more/11g_exp_train.ipynb #e6223413
+# %% ../nbs/more/11g_exp_train.ipynb #ccd39691
 def get_cbs(c, folder, stats, tensorboard=False) -> list:
     "The callbacks of a run that are no recipe's: speed, table, bar, files in `folder`."
     cbs = [Distributed(), ChannelsLast(), stats, ProgressCallback(),
@@ -148,7 +148,7 @@ def batch_size(c, n):
     """The size of `n` pictures' batches. One that leaves a last batch of one, of which batch norm
     makes nothing, is changed, or refused with a `DataError` where it was asked for."""
     bs = c['bs'] if n >= 2000 or c['bs_given'] else 16
-    def fits(b): return n <= b or n % b != 1
+    def fits(b): return n % b != 1
     if fits(bs): return bs
     if not c['bs_given']: return next(b for b in range(bs, 1, -1) if fits(b))
     other = next(b for b in itertools.count(bs) if fits(b))

@@ -70,10 +70,14 @@ def test_a_page_that_was_stopped_ends_as_if_it_had_not_been_and_exports(data_hom
     class Stop(Callback):
         def after_batch(self, run):
             if run.in_train and run.epoch == 1: raise KeyboardInterrupt
+    class Batches(Callback):
+        n = 0
+        def after_step(self, run): self.n += 1
     r = page.Recipe(**{**TINY, 'epochs': 2}, size=24, crops=(16, 20))
     whole = page.train(r, tmp_path/'a')
     with pytest.raises(KeyboardInterrupt): page.train(r, tmp_path/'b', cbs=[Stop()])
-    parts = page.train(r, tmp_path/'b', finish=export)
+    parts = page.train(r, tmp_path/'b', finish=export, cbs=[seen := Batches()])
+    assert 0 < seen.n < 800//16*2, 'it goes on, and does not begin anew'
     assert same(whole.model.state_dict().values(), parts.model.state_dict().values())
     f = parts.data.source.valid.x.items[0]
     assert torch.allclose(load_learner(tmp_path/'b/model.pt').predict(f)[1], whole.predict(f)[1], atol=1e-5)
@@ -226,6 +230,8 @@ def test_ema_is_the_average_of_all_steps_and_what_is_validated():
         def after_step(self, run): seen['steps'].append(self.now(run))
         def after_loss(self, run):
             if not run.in_train: seen['valid'].append(self.now(run))
+    R.get_training(tiny(), R.get_recipe('lesson', **SMALL), 'cpu', 0, [Spy()]).fit(2)
+    plain, seen['steps'], seen['valid'] = seen['steps'], [], []
     learn = R.get_training(data, R.get_recipe('lesson', **SMALL) | {'ema': .8}, 'cpu', 0, [Spy()])
     avg, averages, own = {k: v.double().clone() for k, v in learn.model.state_dict().items()}, [], learn.model.state_dict()
     learn.fit(2)
@@ -234,6 +240,7 @@ def test_ema_is_the_average_of_all_steps_and_what_is_validated():
         avg = {k: d*avg[k] + (1 - d)*v if own[k].is_floating_point() else v for k, v in now.items()}
         averages.append(avg)
     half = len(data.train_dl)
+    assert all(same(a.values(), b.values()) for a, b in zip(plain, seen['steps'], strict=True)), 'training does not see it'
     for got, want in ((seen['valid'][0], averages[half - 1]), (seen['valid'][-1], averages[-1]), (learn.model.state_dict(), averages[-1])):
         for k, v in want.items(): assert torch.allclose(got[k].double(), v, rtol=1e-4, atol=1e-6), k
     assert any(not torch.allclose(v, seen['steps'][half - 1][k]) for k, v in seen['valid'][0].items() if v.is_floating_point())
@@ -293,3 +300,16 @@ def test_leaderboard_net_exports_and_loads_back(tmp_path):
             "torch.save(load_learner(sys.argv[1]).model(torch.load(sys.argv[2])), sys.argv[3])")
     subprocess.run([sys.executable, '-c', code, tmp_path/'m.pt', tmp_path/'x.pt', tmp_path/'y.pt'], cwd=ROOT, check=True, timeout=400)
     assert torch.allclose(torch.load(tmp_path/'y.pt'), net.eval()(x), atol=1e-5)
+
+
+def test_the_readmes_script_goes_from_a_folder_to_a_prediction(tmp_path):
+    import re
+    script, = (s for s in re.findall(r'(?s)```python\n(.*?)```', (ROOT/'README.md').read_text()) if 'pets' in s)
+    assert len(script.strip().splitlines()) <= 12
+    for c, v in (('cat', 30), ('dog', 220)):
+        (tmp_path/'pets'/c).mkdir(parents=True)
+        for i in range(16): Image.new('RGB', (120, 100), (v, v + i, 99)).save(tmp_path/f'pets/{c}/{i}.jpg')
+    Image.new('RGB', (50, 70), (30, 40, 99)).save(tmp_path/'new.jpg')
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    r = subprocess.run([sys.executable, '-c', script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert r.returncode == 0 and re.search(r"\('(cat|dog)', tensor", r.stdout), r.stderr
