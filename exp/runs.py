@@ -34,7 +34,10 @@ def newest_run(parent='runs'):
     if runs: return str(runs[-1].parent)
     raise DataError('--resume: there is no run in runs/; --log-dir DIR names another place')
 
-# %% ../nbs/more/11f_runs.ipynb #a4c3a244
+# %% ../nbs/more/11f_runs.ipynb #bcffd977
+OTHERS = dict(valid_pct=0., compile=False, seed=42, runs=1)            # what is no recipe's
+SETTINGS = 'data', 'recipe', 'bf16', *OTHERS, *RECIPES['cpu']
+
 def finite(o):
     "`o` with None for NaN and infinity, which JSON does not have."
     if isinstance(o, dict): return {k: finite(v) for k, v in o.items()}
@@ -45,24 +48,26 @@ def keep(file, r):
     "Write the dictionary `r` to `file` as JSON, whole or not at all."
     write_atomic(file, lambda f: f.write(json.dumps(finite(r), indent=1).encode()))
 
-def kept(folder):
-    "The result of a training that was finished before this one was broken off, else None."
+def kept(folder, c):
+    """The result of a training with the settings `c` that was finished before this one was broken
+    off. None where there is none, or half of one: the checkpoint makes it again."""
     model = folder/'model.pt'
     if not model.exists() or not model.stat().st_size: return None
-    try: return {**json.loads((folder/'result.json').read_text()), 'model': str(model)}
-    except (OSError, ValueError): return None               # the checkpoint makes it again
+    try: r = json.loads((folder/'result.json').read_text())
+    except (OSError, ValueError): return None
+    if not isinstance(r, dict) or not isinstance(r.get('accuracy'), float): return None
+    same = all(r.get(k, c[k]) == c[k] for k in c if k in SETTINGS and k not in ('data', 'runs'))
+    return {**r, 'model': str(model)} if same else None
 
-# %% ../nbs/more/11f_runs.ipynb #0fd678b0
-OTHERS = dict(valid_pct=0., compile=False, seed=42, runs=1)            # what is no recipe's
-SETTINGS = 'data', 'recipe', 'bf16', *OTHERS, *RECIPES['cpu']
-
+# %% ../nbs/more/11f_runs.ipynb #35e8e9c9
 def begun_with(file):
     "The settings in a run's config.json; what an older version did not know is as it was then."
     try: old = json.loads(file.read_text())
     except ValueError as e: raise DataError(f'{file}: cannot be read ({e})') from None
     if not isinstance(old, dict) or not {'data', 'seed', 'runs'} <= set(old):
         raise DataError(f'{file}: these are not the settings of a run')
-    return {**OTHERS, **RECIPES.get(old.get('recipe'), {}), **old}
+    recipe = RECIPES.get(str(old.get('recipe')), {})
+    return {'bf16': None, 'bs_given': True, **OTHERS, **RECIPES['cpu'], **recipe, **old}
 
 def same_data(new, old):
     "Whether `new` may be the data `old`: the same folder by another name, or one that has moved."

@@ -299,6 +299,37 @@ def test_two_commands_have_two_folders(pets, tmp_path, monkeypatch):
     assert T.main(args) == 0 and not (tmp_path/'r/.lock').exists()
 
 
+@pytest.mark.parametrize('wrong', [dict(arch='xresnet19'), dict(epochs='many'), dict(crops=5), dict(seed=None), dict(runs=-1), dict(lr=[1]), dict(recipe=7), dict(bf16='no'),
+                                   dict(valid_pct=2), dict(data=3), dict(width={})], ids=str)
+def test_settings_that_cannot_be_are_a_sentence(wrong, tmp_path, capsys):
+    c = settings('--recipe', 'cpu', '--data', 'sample', '--log-dir', tmp_path/'r')
+    U.keep(tmp_path/'r/config.json', {**c, **wrong})
+    assert T.main(['--resume', '--log-dir', str(tmp_path/'r'), '--device', 'cpu']) == 2
+    said = capsys.readouterr().err
+    assert 'r/config.json' in said and [*wrong][0].replace('_', '-') in said.replace('_', '-') and len(said.splitlines()) == 1
+
+
+def test_a_result_of_other_settings_is_nobodys(pets, tmp_path, capsys):
+    "config.json is gone: a command with other settings took the folder, and printed the old accuracy."
+    args = ['--data', 'pets', '--log-dir', 'r']
+    assert T.main([*QUICK, *args]) == 0
+    (tmp_path/'r/config.json').unlink()
+    assert T.main([*QUICK, *args, '--epochs', '2']) == 2 and 'holds a run' in capsys.readouterr().err
+    assert T.main([*QUICK, *args, '--epochs', '2', '--resume']) == 2 and 'epochs' in capsys.readouterr().err        # the checkpoint knows
+    for text in ('[]', '{}', '{"accuracy": "x"}', '3'):
+        (tmp_path/'r/seed-42/result.json').write_text(text)
+        assert T.main([*QUICK, *args, '--resume']) == 0 and json.loads((tmp_path/'r/seed-42/result.json').read_text())['accuracy'] >= 0
+
+
+@pytest.mark.parametrize('e', [MemoryError(), RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), ZeroDivisionError()])
+def test_no_status_that_means_trained_where_it_was_not(pets, monkeypatch, capsys, e):
+    "1 is 'trained, but', and it is what Python itself ends with."
+    def stop(*args): raise e
+    monkeypatch.setattr(T, 'get_items', stop)
+    assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r']) == 4
+    assert ('Traceback' in capsys.readouterr().err) == isinstance(e, ZeroDivisionError)
+
+
 # ---------------------------------------------------------------- at the end
 
 def test_a_disk_that_is_full_at_the_end_does_not_cost_the_result(pets, tmp_path, monkeypatch, capsys):
