@@ -88,7 +88,7 @@ def recolor(xb, **factors) -> torch.Tensor:
     x = xb.clone() if xb.is_floating_point() else xb.float()
     return as_dtype(recolor_(x, **factors, peak=peak), xb.dtype)
 
-# %% ../nbs/more/10a_batch_transforms.ipynb #dc711539
+# %% ../nbs/more/10a_batch_transforms.ipynb #d49ee462
 CHUNK = 400_000                                 # numbers at a time on a CPU, which its cache holds
 
 def warp(xb, mats, mode='bilinear', padding='reflection', color=()) -> torch.Tensor:
@@ -98,17 +98,20 @@ def warp(xb, mats, mode='bilinear', padding='reflection', color=()) -> torch.Ten
     `mode`: bilinear, bicubic, nearest; `padding` beyond the edges: reflection, border, zeros."""
     still = (mats == torch.eye(3)).all(-1).all(-1)
     if still.all() and not color: return xb
-    cpu, size, peak = xb.device.type == 'cpu', xb.shape[2:], 1. if xb.is_floating_point() else 255.
-    n = min(len(xb), max(1, CHUNK//xb[0].numel())) if cpu else len(xb)
+    byte, size, n = not xb.is_floating_point(), xb.shape[2:], len(xb)
+    if xb.device.type == 'cpu': n = min(n, max(1, CHUNK//xb[0].numel()))
     inv, still = sampling_mats(mats, size).to(xb.device), still.to(xb.device)
-    room, out = torch.empty(3, n, *size, device=xb.device), torch.empty_like(xb)
+    room = torch.empty(3, n, *size, device=xb.device)           # asked for once: the first touch of
+    floats = torch.empty(n, *xb.shape[1:], device=xb.device)    # fresh memory is slow
+    out = torch.empty_like(xb)
     for s in (slice(i, i + n) for i in range(0, len(xb), n)):
-        x = xb[s].float()
+        x = floats[:len(xb[s])].copy_(xb[s])
         grid = sample_grid(inv[s], size, room[:, :len(x)])
         y = F.grid_sample(x, grid, mode, padding, align_corners=False)
         y[still[s]] = x[still[s]]
-        for c in color: y = recolor_(y, **{k: v[s] for k, v in c.items()}, peak=peak)
-        out[s] = as_dtype(y, xb.dtype)
+        for c in color: y = recolor_(y, **{k: v[s] for k, v in c.items()}, peak=254*byte + 1.)
+        if byte and mode == 'bicubic': y.clamp_(0, 255)         # the others do not overshoot
+        out[s] = y.add_(.5) if byte else y                      # a byte drops the fraction
     return out
 
 # %% ../nbs/more/10a_batch_transforms.ipynb #794bcc73
