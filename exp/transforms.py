@@ -8,24 +8,23 @@ __all__ = ['BILINEAR', 'CORNERS', 'uniform', 'between', 'RandomTransform', 'PilR
            'PilRandomRotate', 'homography', 'tilted', 'PilTiltRandomCrop', 'affine_mats', 'as_dtype', 'affine',
            'PerSample', 'RandomFlip', 'RandomAffine', 'BatchAugment', 'crop_batch', 'BatchCrop']
 
-# %% ../nbs/10_transforms.ipynb #a82a0f27
+# %% ../nbs/10_transforms.ipynb #3cb0b87b
 import copy, math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from .callbacks import BatchTransformXCallback, Callback
 from .items import same_draws, show_images, step_name, to_byte_tensor, to_float_tensor
 
-# %% ../nbs/10_transforms.ipynb #96cbbbc5
+# %% ../nbs/10_transforms.ipynb #1a215a3c
 def uniform(n, generator=None): return torch.rand(n, generator=generator, dtype=torch.float64)
 def between(u, lo, hi): return lo + u*(hi - lo)
 
 class RandomTransform:
     """Base of transforms that draw: with probability `p` an item goes through `apply`, else it
-    comes back as it is. `generator`: what is drawn from, None for torch's global one."""
-    _order, generator = 11, None
+    comes back as it is. `generator`: None for torch's global one."""
+    _order, generator = 11, None            # after the resize (10), before it is a tensor (20)
     def __init__(self, p: float = .5):
         if not 0 <= p <= 1: raise ValueError(f'p is a probability between 0 and 1, not {p}')
         self.p = p
@@ -54,13 +53,13 @@ def show_tfm(tfm, img, n=5, seed=0, cols=5):
     with same_draws(): ims = [tfm(img) for _ in range(n - 1)]
     return show_images([img, *ims], ['as it is'], step_name(tfm), cols)
 
-# %% ../nbs/10_transforms.ipynb #1cc49893
+# %% ../nbs/10_transforms.ipynb #3191bc81
 def np_to_float(item) -> torch.Tensor:
-    "A PIL image of bytes, or an array (H, W) or (H, W, C) of them, as float32 (C, H, W), 0–1."
+    "A PIL image, or an array (H, W) or (H, W, C) of bytes, as float32 (C, H, W), 0–1."
     return to_float_tensor(to_byte_tensor(item))
 np_to_float._order = 30
 
-# %% ../nbs/10_transforms.ipynb #e7289526
+# %% ../nbs/10_transforms.ipynb #501c448f
 BILINEAR = Image.Resampling.BILINEAR
 
 def pair(size):
@@ -68,7 +67,7 @@ def pair(size):
     return (size, size) if isinstance(size, (int, float)) else tuple(size)
 
 def crop_resize(item, size, box, resample=BILINEAR):
-    "The part `box` (left, top, right, bottom) of a PIL image at `size` (width, height), averaged."
+    "The part `box` (left, top, right, bottom) of a PIL image at `size` (width, height)."
     if not all(float(b).is_integer() for b in box): return item.resize(size, resample, box=box)
     item = item.crop(tuple(map(int, box)))
     return item if item.size == size else item.resize(size, resample)
@@ -110,7 +109,7 @@ class CenterCrop(GeneralCrop):
         wc, hc = super().default_crop_size(w, h)
         return wc/self.scale, hc/self.scale
 
-# %% ../nbs/10_transforms.ipynb #47b16089
+# %% ../nbs/10_transforms.ipynb #55da7b09
 class RandomResizedCrop(GeneralCrop):
     """A random box of a PIL image at `size`: its area a share of the picture's in `scale` (a
     number: from there to 1), its width/height in `ratio`. Source: arXiv 1409.4842."""
@@ -120,25 +119,20 @@ class RandomResizedCrop(GeneralCrop):
         lo, hi = (scale, 1.) if isinstance(scale, (int, float)) else scale
         if not 0 < lo <= hi <= 1: raise ValueError(f'scale: shares of an area, 0 to 1, not {scale}')
         self.scale, self.ratio = (lo, hi), tuple(ratio)
-    def draw_box(self, w, h):
-        "A box of a random area, shape and place; it may be too large."
-        a, r, x, y = uniform(4, self.generator).tolist()
-        area = w*h*between(a, *self.scale)
-        shape = math.exp(between(r, *map(math.log, self.ratio)))
-        wc, hc = round((area*shape)**.5), round((area/shape)**.5)
-        l, t = int(x*(w - wc + 1)), int(y*(h - hc + 1))
-        return l, t, l + wc, t + hc
     def get_corners(self, w, h, *_):
         for _ in range(10):
-            l, t, r, b = self.draw_box(w, h)
-            if 0 < r - l <= w and 0 < b - t <= h: return l, t, r, b
+            a, r, x, y = uniform(4, self.generator).tolist()
+            area = w*h*between(a, *self.scale)
+            shape = math.exp(between(r, *map(math.log, self.ratio)))
+            wc, hc = round((area*shape)**.5), round((area/shape)**.5)
+            l, t = int(x*(w - wc + 1)), int(y*(h - hc + 1))
+            if 0 < wc <= w and 0 < hc <= h: return l, t, l + wc, t + hc
         shape = min(max(w/h, self.ratio[0]), self.ratio[1])
-        wc = min(w, max(1, round(h*shape)))
-        hc = min(h, max(1, round(w/shape)))
+        wc, hc = min(w, round(h*shape) or 1), min(h, round(w/shape) or 1)
         l, t = (w - wc)//2, (h - hc)//2
         return l, t, l + wc, t + hc
 
-# %% ../nbs/10_transforms.ipynb #0ac34ee4
+# %% ../nbs/10_transforms.ipynb #d48cb764
 class PilRandomRotate(RandomTransform):
     """A PIL image turned about its middle by up to `degrees` either way, with probability `p`;
     corners that come in have the colour `fill`, as Pillow takes it: a name, or (r, g, b)."""
@@ -146,7 +140,7 @@ class PilRandomRotate(RandomTransform):
         super().__init__(p)
         self.degrees, self.fill, self.resample = degrees, fill, resample
     def apply(self, item):
-        angle = self.degrees*(2*self.rand()[0] - 1)
+        angle = between(self.rand()[0], -self.degrees, self.degrees)
         return item.rotate(angle, self.resample, fillcolor=self.fill)
 
 # %% ../nbs/10_transforms.ipynb #08e99199
@@ -169,12 +163,11 @@ def tilted(tx, ty) -> torch.Tensor:
     t = torch.stack([torch.as_tensor(ty), torch.as_tensor(tx)], -1)
     return CORNERS*(1 + t[..., None, :]*CORNERS.flip(-1))
 
-# %% ../nbs/10_transforms.ipynb #76e8724c
+# %% ../nbs/10_transforms.ipynb #6faee305
 class PilTiltRandomCrop(GeneralCrop):
     """A box in a random place of a PIL image, at `size`, seen from a camera turned by up to
-    `magnitude` (a share of the side, at most ½). It never leaves the picture.
-
-    `crop_size`: the box, in pixels (default: nine tenths of the largest of the shape of `size`)."""
+    `magnitude` (a share of the side, at most ½). `crop_size`: as in `GeneralCrop`, by default
+    nine tenths of that."""
     generator = None
     def __init__(self, size, crop_size=None, magnitude=.2, resample=BILINEAR):
         super().__init__(size, crop_size, resample)
@@ -182,7 +175,6 @@ class PilTiltRandomCrop(GeneralCrop):
         self.magnitude = magnitude
     def default_crop_size(self, w, h): return [.9*s for s in super().default_crop_size(w, h)]
     def get_corners(self, w, h, wc, hc):
-        "The four corners in the picture (4, 2), clockwise from the upper left."
         u, (box, room) = uniform(4, self.generator), torch.tensor([[wc, hc], [w - wc, h - hc]])
         tx, ty = self.magnitude*(2*u[2:] - 1)
         quad = tilted(tx, ty)/(1 + max(abs(tx), abs(ty)))
@@ -196,7 +188,7 @@ class PilTiltRandomCrop(GeneralCrop):
         m = homography(square, self.get_corners(*item.size, *box)).flatten()[:8]
         return item.transform(self.size, Image.Transform.PERSPECTIVE, m.tolist(), self.resample)
 
-# %% ../nbs/10_transforms.ipynb #3b7c4fae
+# %% ../nbs/10_transforms.ipynb #4a00607f
 def _rows(*six):
     "Six tensors (N,), the two upper rows, as matrices (N, 3, 3)."
     top = torch.stack(torch.broadcast_tensors(*six), -1).view(-1, 2, 3)
@@ -213,7 +205,6 @@ def affine_mats(rotate=0., zoom=1., shear=(0., 0.), translate=(0., 0.)) -> torch
     tx, ty, o = kx.tan(), ky.tan(), 0*z
     return _rows(c, -s, dx, s, c, dy) @ _rows(o + 1, -tx, o, -ty, 1 + tx*ty, o)
 
-# %% ../nbs/10_transforms.ipynb #de4b66d8
 def as_dtype(x, dtype) -> torch.Tensor:
     "`x` as `dtype`. Floats that become bytes are rounded, and cut to 0–255; `x` is used up."
     if dtype == torch.uint8 and x.is_floating_point(): x = x.add_(.5).clamp_(0, 255)
@@ -229,10 +220,10 @@ def affine(xb, mats, padding='reflection') -> torch.Tensor:
     out = F.grid_sample(xb.float(), grid, padding_mode=padding, align_corners=False)
     return as_dtype(out, xb.dtype)
 
-# %% ../nbs/10_transforms.ipynb #94bb5c60
+# %% ../nbs/10_transforms.ipynb #da55b52f
 class PerSample(RandomTransform):
-    """Base of transforms of batches (N, C, H, W), bytes or floats, that draw for each picture:
-    `mats` gives (N, 3, 3) for a shape, the identity for a share 1 - `p` of the pictures."""
+    """Base of transforms of batches (N, C, H, W), bytes or floats, that draw for each picture.
+    `mats(shape)`: matrices (N, 3, 3), for a share 1 - `p` of them the identity."""
     def hit(self, n): return torch.rand(n, generator=self.generator) < self.p
     def apply(self, xb):
         mats = self.mats(xb.shape)
@@ -250,7 +241,6 @@ class RandomFlip(PerSample):
         hit = self.hit(len(xb)).view(-1, 1, 1, 1)
         return torch.where(hit.to(xb.device), xb.flip(3), xb)
 
-# %% ../nbs/10_transforms.ipynb #9d6a3b3b
 class RandomAffine(PerSample):
     """Each picture turned by up to `rotate` degrees, zoomed by a factor from `zoom`, sheared by up
     to `shear` degrees and moved by up to `translate` of its size, with probability `p`."""
@@ -266,14 +256,14 @@ class RandomAffine(PerSample):
         zoom = torch.exp(hit*between(u[5], *map(math.log, self.zoom)))
         return affine_mats(r, zoom, (kx, ky), (dx, dy))
 
-# %% ../nbs/10_transforms.ipynb #88015b69
+# %% ../nbs/10_transforms.ipynb #74763222
 def _new_generator(seed):
     seed = torch.randint(2**62, ()).item() if seed is None else seed
     return torch.Generator().manual_seed(seed)
 
 class BatchAugment(Callback):
     """Sends training batches through `tfms`, on their device, before they are normalised. They draw
-    from a generator of this callback, started by `seed` (None: from torch's global one)."""
+    from a generator seeded by `seed` (None: from torch's global one)."""
     _order, _fit_only = BatchTransformXCallback._order - 1, True
     def __init__(self, *tfms, seed: int | None = None):
         self.tfms, self.generator = tfms, _new_generator(seed)
@@ -283,7 +273,7 @@ class BatchAugment(Callback):
             tfm.generator = self.generator
             run.xb = tfm(run.xb)
 
-# %% ../nbs/10_transforms.ipynb #bf6667d2
+# %% ../nbs/10_transforms.ipynb #21f91318
 def crop_batch(xb, boxes, size: int) -> torch.Tensor:
     """Of each picture of `xb` (N, C, H, W; bytes or floats) its box (left, top, right, bottom;
     whole pixels), averaged: (N, C, size, size)."""
@@ -294,9 +284,8 @@ def crop_batch(xb, boxes, size: int) -> torch.Tensor:
     return as_dtype(out, xb.dtype)
 
 class BatchCrop(Callback):
-    """Of each training picture in a batch (N, C, H, W) a random box at `size` × `size`, drawn as
-    `RandomResizedCrop` draws. `size`: pixels, or (first, last), which grows from epoch to epoch in
-    steps of `step` pixels. `seed`: as in `BatchAugment`."""
+    """A `RandomResizedCrop` for each training picture of a batch. `size`: pixels, or (first, last),
+    growing over the epochs in steps of `step` pixels. `seed`: as in `BatchAugment`."""
     _order, _fit_only = BatchAugment._order - .5, True
     def __init__(self, size, scale=(.35, 1.), ratio=(3/4, 4/3), step=16, seed: int | None = None):
         self.sizes, self.step = pair(size), step
