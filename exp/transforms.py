@@ -80,7 +80,7 @@ class Resize:
         scale = self.size/min(item.size)
         return item.resize([max(1, round(scale*d)) for d in item.size], self.resample)
 
-# %% ../nbs/10_transforms.ipynb #c91706a3
+# %% ../nbs/10_transforms.ipynb #530f324c
 class GeneralCrop:
     """A box out of the middle of a PIL image, resized to `size`: a number, or (width, height).
 
@@ -93,8 +93,7 @@ class GeneralCrop:
         s = min(w/self.size[0], h/self.size[1])
         return s*self.size[0], s*self.size[1]
     def crop_size_in(self, w, h):
-        wc, hc = self.crop_size or self.default_crop_size(w, h)
-        return min(wc, w), min(hc, h)                       # it never sticks out
+        return tuple(map(min, self.crop_size or self.default_crop_size(w, h), (w, h)))
     def get_corners(self, w, h, wc, hc): return (w - wc)/2, (h - hc)/2, (w + wc)/2, (h + hc)/2
     def __call__(self, item):
         box = self.get_corners(*item.size, *self.crop_size_in(*item.size))
@@ -220,7 +219,7 @@ def affine(xb, mats, padding='reflection') -> torch.Tensor:
     out = F.grid_sample(xb.float(), grid, padding_mode=padding, align_corners=False)
     return as_dtype(out, xb.dtype)
 
-# %% ../nbs/10_transforms.ipynb #da55b52f
+# %% ../nbs/10_transforms.ipynb #28013c6e
 class PerSample(RandomTransform):
     """Base of transforms of batches (N, C, H, W), bytes or floats, that draw for each picture.
     `mats(shape)`: matrices (N, 3, 3), for a share 1 - `p` of them the identity."""
@@ -234,9 +233,8 @@ class PerSample(RandomTransform):
 class RandomFlip(PerSample):
     "Each picture of a batch mirrored left to right, with probability `p`. Exact."
     def mats(self, shape):
-        mats = torch.eye(3).double().repeat(shape[0], 1, 1)
-        mats[self.hit(shape[0]), 0, 0] = -1
-        return mats
+        sides = torch.where(self.hit(shape[0])[:, None], torch.tensor([-1., 1, 1]), 1.)
+        return torch.diag_embed(sides.double())
     def apply(self, xb):
         hit = self.hit(len(xb)).view(-1, 1, 1, 1)
         return torch.where(hit.to(xb.device), xb.flip(3), xb)
