@@ -271,11 +271,11 @@ class BatchAugment(Callback):
             tfm.generator = self.generator
             run.xb = tfm(run.xb)
 
-# %% ../nbs/10_transforms.ipynb #21f91318
+# %% ../nbs/10_transforms.ipynb #7790c58f
 def crop_batch(xb, boxes, size: int) -> torch.Tensor:
     """Of each picture of `xb` (N, C, H, W; bytes or floats) its box (left, top, right, bottom;
     whole pixels), averaged: (N, C, size, size)."""
-    x = xb if xb.dtype == torch.uint8 and xb.device.type == 'cpu' else xb.float()
+    x = xb if xb.is_cpu and xb.dtype == torch.uint8 else xb.float()
     to = dict(size=(size, size), mode='bilinear', antialias=True)
     cut = [x[i:i+1, :, t:b, l:r] for i, (l, t, r, b) in enumerate(boxes)]
     out = torch.cat([F.interpolate(c, **to) for c in cut])
