@@ -1,4 +1,4 @@
-"""Benchmarks of exp.transforms beside its peers: augmentation of whole batches, and of pictures in workers.
+"""Benchmarks of exp.transforms and exp.batch_transforms beside its peers: augmentation of whole batches, and of pictures in workers.
 
 Each function returns `{name: callable}` as benchmarks/__main__.py takes it; the first name is the one the ratios are to.
 """
@@ -19,7 +19,8 @@ def augment(n=64, size=128, rounds=8):
     import torch
     import torch.nn.functional as F
     from exp.callbacks import default_device
-    from exp.transforms import Augment, RandomAffine, RandomColor, RandomFlip, RandomPerspective, sample_grid, sampling_mats
+    from exp.batch_transforms import Augment, RandomColor, RandomPerspective, sample_grid, sampling_mats
+    from exp.transforms import RandomAffine, RandomFlip
     xb, work, device = _bytes(n, size), {}, default_device()
     if device.type == 'cuda': xb = xb.pin_memory()
     def there(): return xb.to(device, non_blocking=True)
@@ -34,11 +35,12 @@ def augment(n=64, size=128, rounds=8):
         pipe = Pipeline(setup_aug_tfms(aug_transforms()), split_idx=0)
         work['fastai aug_transforms'] = lambda: pipe(TensorImage(there().float()/255))
     except ImportError: work['fastai aug_transforms'] = None
-    aug, g = Augment(RandomFlip(), RandomAffine(), RandomPerspective(), RandomColor()), torch.Generator().manual_seed(0)
-    grid, f = sample_grid(sampling_mats(aug.draw(xb.shape, g).mats, (size, size)), (size, size)).to(device), xb.float().to(device)
-    work |= {'exp Augment, bytes to bytes': lambda: aug(there(), g), 'exp Augment, bytes to floats': lambda: aug(there().float()/255, g),
+    aug = Augment(RandomFlip(), RandomAffine(), RandomPerspective(), RandomColor())
+    aug.generator = torch.Generator().manual_seed(0)
+    grid, f = sample_grid(sampling_mats(aug.draw(xb.shape).mats, (size, size)), (size, size)).to(device), xb.float().to(device)
+    work |= {'exp Augment, bytes to bytes': lambda: aug(there()), 'exp Augment, bytes to floats': lambda: aug(there().float()/255),
              'one bare grid_sample': lambda: F.grid_sample(f, grid, padding_mode='reflection', align_corners=False)}
-    off = aug.draw(xb.shape, g)
+    off = aug.draw(xb.shape)
     assert off(there()).dtype == xb.dtype and (off(there()).float() - off(f/255)*255).abs().max() <= 1          # both ways, the same pictures
 
     def several(one):

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from sittings import RUNS, sitting
 
+from exp.batch_transforms import Augment
 from exp.callbacks import AvgStatsCallback, accuracy
 from exp.checkpoints import Checkpoint
 from exp.convnets import keep_freed_memory
@@ -32,7 +33,9 @@ OUT = Path(__file__).with_suffix('.csv')
 COLS = ['arm', 'epochs', 'seed', 'accuracy', 'valid_loss', 'train_accuracy', 'cpu_seconds', 'size', 'n_train', 'n_valid', 'data', 'device', 'threads', 'torch']
 
 
-def augmentation(seed): return BatchAugment(RandomFlip(), RandomAffine(rotate=10., zoom=(1., 1.25), translate=.1), seed=seed)
+def augmentation(seed):
+    aug = Augment(RandomFlip(), RandomAffine(rotate=10., zoom=(1., 1.25), translate=.1))
+    return BatchAugment(aug, seed=seed)
 
 
 def one(arm, epochs, seed, a):
