@@ -32,7 +32,7 @@ from .distributed import Distributed, ProcessLost, process_group, rank0_only, ra
 from .export_models import export
 from .fast_batches import fast_dl, in_memory
 from .files import CheckpointError, write_atomic
-from .interpret import Parser, checked_device
+from .predict import Parser, checked_device
 from .learner import Learner
 from .faster import ChannelsLast, Compile, native_dtype, native_precision
 from .mixed_precision import MixedPrecision

@@ -53,8 +53,8 @@ def test_exp_lists_and_finds_its_names_without_importing_a_module():
 
 def test_a_name_of_two_modules_is_that_of_the_lower_notebook():
     import exp
-    from exp import export, interpret, train_imagenette
-    assert exp.main is export.main and interpret.main is not train_imagenette.main is not export.main
+    from exp import export, predict, train_imagenette
+    assert exp.main is export.main and predict.main is not train_imagenette.main is not export.main
 
 
 def test_importing_is_light_and_needs_no_ipython_no_network_and_no_cuda():
@@ -146,7 +146,7 @@ def test_lint():
     assert r.returncode == 0, r.stdout
 
 
-@pytest.mark.parametrize('module', ['exp.train_imagenette', 'exp.interpret'])
+@pytest.mark.parametrize('module', ['exp.train_imagenette', 'exp.predict'])
 def test_every_option_of_a_command_is_in_the_readme(module):
     import importlib
     readme = (ROOT/'README.md').read_text()
