@@ -79,7 +79,8 @@ def test_upright_by_exif(tmp_path, model, run):
     im.paste(Image.new('RGB', (60, 14), COLOURS['n01440764']), (0, 0))
     exif[0x0112] = 6
     names = [tmp_path/n for n in ('up.png', 'phone.png', 'no_exif.png')]
-    for f, (im, kw) in zip(names, ((im, {}), (im.transpose(lying), {'exif': exif}), (im.transpose(lying), {}))): im.save(f, **kw)
+    im.save(names[0])
+    for f, kw in zip(names[1:], ({'exif': exif}, {})): im.transpose(lying).save(f, **kw)
     up, phone, on_its_side = (l.split('\t')[1:] for l in run(model, *names, '--top', 3)[1].splitlines())
     assert up == phone != on_its_side
 
