@@ -51,7 +51,7 @@ def behind(data, dl):
     kept = [i for i, f in enumerate(x.items) if str(f) not in skipped]
     return [x.items[i] for i in kept], lambda i: x[kept[i]]
 
-# %% ../nbs/11a_interpret.ipynb #accb3fc5
+# %% ../nbs/11a_interpret.ipynb #9d24c2e6
 def output_names(vocab, preds) -> list:
     "A readable name for each column of `preds` (N, C); beyond the labels in `vocab` a number."
     n = preds.shape[-1]
@@ -87,7 +87,7 @@ class Interpretation:
                    files and [files[i] for i in rows], lambda i: item(rows[i].item()))
 
     def __len__(self): return len(self.preds)
-    def __repr__(self): return f'Interpretation of {len(self.preds):,} items in {self.names}'
+    def __repr__(self): return f'Interpretation of {len(self):,} items in {self.names}'
 
     def classes(self):
         "`(targets, predictions)`, indices (N,). `ValueError`: not one class an item, or NaN."
