@@ -1,4 +1,4 @@
-"""Benchmarks of exp.interpret: counting a confusion matrix, predicting a folder of pictures, and one trained net in three runtimes.
+"""Benchmarks of exp.interpret, exp.predict and exp.onnx_export: counting a confusion matrix, predicting a folder of pictures, and one trained net in three runtimes.
 
 Each function returns `{name: callable}` as benchmarks/__main__.py takes it; the first name is the one the ratios are to.
 """
@@ -52,7 +52,7 @@ def _learner(size):
 
 def predicting(n=256, size=128):
     "256 pictures of Imagenette from their files to probabilities at 128 px, a net of four convolutions: one by one, and as exp-predict takes them."
-    from exp.interpret import predict_files
+    from exp.predict import predict_files
     learn = _learner(size)
     files = [learn.data.source.valid.x.items[i] for i in range(0, 3925, 3925//n)][:n]
 
@@ -69,7 +69,7 @@ def runtimes(bs=32, size=64):
     import tempfile
     from pathlib import Path
     import torch
-    from exp.interpret import to_exported_program, to_onnx, whole_model
+    from exp.onnx_export import to_exported_program, to_onnx, whole_model
     learn = _learner(size)
     xb = torch.stack([learn.data.source.valid.x[i] for i in range(bs)])
     whole, program, run = whole_model(learn), to_exported_program(learn).module(), None

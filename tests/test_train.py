@@ -58,7 +58,7 @@ def test_trains_and_says_on_what(data_home, tmp_path):
     assert f"{j['accuracy']:.3f}" in last and j['rows'][-1]['valid_accuracy'] == j['accuracy'] and len(j['classes']) == 10
     assert j['recipe'] == R.get_recipe(device=j['device'])['recipe'] and j['opt'] == 'adam' and j['bs'] == 16
     assert '\r' not in r.stdout + r.stderr, 'carriage returns fill a log'
-    from exp.interpret import main as predict
+    from exp.predict import main as predict
     pictures = sorted((data_home/'data/drawn-shapes-160/val').glob('*/*.JPEG'))[::60]
     assert f'exp-predict {j["model"]}' in model and predict([j['model'], *map(str, pictures)]) == 0
 
