@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from .annealing import combine_scheds, cos_1cycle_anneal, sched_cos, sched_no
+from .batch_transforms import Augment, RandomColor
 from .batchnorm import conv_layer
 from .callbacks import Callback, CancelEpochException
 from .convnets import bare, get_cnn_model, init_cnn
@@ -32,7 +33,7 @@ from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, StepCount, adam
 from .pictures import any_rgb, open_picture
 from .since_2019 import Remember
 from .train_imagenette import Recipe, crop_and_flip, get_learner, one_cycle
-from .transforms import BatchAugment, RandomAffine, RandomColor, RandomFlip
+from .transforms import BatchAugment, RandomAffine, RandomFlip
 from .xresnet import MaxBlurPool, xresnet18, xresnet34, xresnet50, xse_resnext50
 
 # %% ../nbs/more/11e_recipes.ipynb #72a9026d
@@ -129,7 +130,8 @@ def flip(r): return [BatchAugment(RandomFlip(), seed=r.seed)]
 def strong(r):
     "Crops, mirrored, turned by up to 10 degrees, and in other colours."
     turn, colour = RandomAffine(rotate=10., zoom=(1., 1.)), RandomColor(.3, .3, .3)
-    return [crop_and_flip(r)[0], BatchAugment(RandomFlip(), turn, colour, seed=r.seed)]
+    at_once = Augment(RandomFlip(), turn, colour)              # one interpolation: notebook 10a
+    return [crop_and_flip(r)[0], BatchAugment(at_once, seed=r.seed)]
 
 TFMS = dict(none=lambda r: [], flip=flip, crop=crop_and_flip, strong=strong)
 CROPPED = 'crop', 'strong'

@@ -23,7 +23,7 @@ from .export_models import export
 from .fast_batches import fast_dl, in_memory
 from .faster import ChannelsLast, Compile, native_dtype, native_precision
 from .mixed_precision import MixedPrecision
-from .interpret import Parser, checked_device
+from .predict import Parser, checked_device
 from .progress import ProgressCallback
 from .recipes import (CROPPED, RECIPES, get_items, get_recipe, get_training, number,
                          recipe_options)
@@ -242,7 +242,7 @@ def train(a, done=None) -> dict:
                     one, path, name, folder, done[-1], a.tensorboard, begin)
                 if r['data'] != name:
                     raise DataError(f'{folder} was trained on {r["data"]}, and this is {name}')
-                if not_written(folder/'result.json', lambda f: keep(f, r)):
+                if not_written(folder/'result.json', partial(keep, r=r)):
                     r = {'fault': 'the result could not be written', **r}
                 results.append(r)
                 if c['runs'] > 1: print(result_line(r), flush=True)

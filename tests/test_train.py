@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 from conftest import ROOT, small_env, wants_sigint
-from PIL import Image
 from test_recipes import folder
 
 from exp import recipes as R
