@@ -56,7 +56,7 @@ def kept(folder, c):
     try: r = json.loads((folder/'result.json').read_text())
     except (OSError, ValueError): return None
     if not isinstance(r, dict) or not isinstance(r.get('accuracy'), float): return None
-    same = all(r.get(k, c[k]) == c[k] for k in c if k in SETTINGS and k not in ('data', 'runs'))
+    same = all(r.get(k, c[k]) == c[k] for k in c if k in SETTINGS and k not in ('data', 'runs', 'bs'))
     return {**r, 'model': str(model)} if same else None
 
 # %% ../nbs/more/11f_runs.ipynb #35e8e9c9
@@ -67,7 +67,8 @@ def begun_with(file):
     if not isinstance(old, dict) or not {'data', 'seed', 'runs'} <= set(old):
         raise DataError(f'{file}: these are not the settings of a run')
     recipe = RECIPES.get(str(old.get('recipe')), {})
-    return {'bf16': None, 'bs_given': True, **OTHERS, **RECIPES['cpu'], **recipe, **old}
+    then = {'bf16': None, 'bs_given': True, **OTHERS, **RECIPES['cpu'], **recipe}
+    return {**old, **{k: v for k, v in then.items() if k not in old}}
 
 def same_data(new, old):
     "Whether `new` may be the data `old`: the same folder by another name, or one that has moved."

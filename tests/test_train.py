@@ -362,11 +362,13 @@ def test_what_is_to_be_copied_is_quoted_and_a_moved_run_knows_where_it_is(pets, 
     assert T.main(AGAIN) == 0 and 'exp-predict r/seed-42/model.pt PICTURE' in capsys.readouterr().out
 
 
-def test_half_a_result_is_none(pets, tmp_path):
+def test_half_a_result_is_none_and_a_whole_one_is_said_again(pets, tmp_path, capsys):
     assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r']) == 0
     f, model = tmp_path/'r/seed-42/result.json', tmp_path/'r/seed-42/model.pt'
     f.write_text(f.read_text()[:200])
     assert T.main(AGAIN) == 0 and json.loads(f.read_text())['data'] == 'pets'
+    capsys.readouterr()
+    assert T.main(AGAIN) == 0 and 'training on' not in capsys.readouterr().out, 'nothing is left to do'
     model.write_bytes(b'')
     assert T.main(AGAIN) == 0 and model.stat().st_size
 
