@@ -56,7 +56,8 @@ def kept(folder, c):
     try: r = json.loads((folder/'result.json').read_text())
     except (OSError, ValueError): return None
     if not isinstance(r, dict) or not isinstance(r.get('accuracy'), float): return None
-    same = all(r.get(k, c[k]) == c[k] for k in c if k in SETTINGS and k not in ('data', 'runs', 'bs'))
+    compared = c.keys() & {*SETTINGS} - {'data', 'runs', 'bs'}
+    same = all(r.get(k, c[k]) == c[k] for k in compared)
     return {**r, 'model': str(model)} if same else None
 
 # %% ../nbs/more/11f_runs.ipynb #35e8e9c9
