@@ -45,7 +45,7 @@ def precision(n=4, bs=64, size=128):
 
 def mixing(bs=64, size=128, n=20):
     "`n` batches of 64 pictures of 128 px (floats) mixed, and the loss of given predictions, forward and backward: torchvision v2 and timm (which mix one-hot targets), ours; one λ a batch or one an item."
-    from exp.mixup import CutMix, MixLoss, Mixup
+    from exp.mixup import CutMix, Mixup, mixed_loss
     g = torch.Generator().manual_seed(0)
     xb, yb = torch.randn(bs, 3, size, size, generator=g), torch.randint(0, 10, (bs,), generator=g)
     pred = torch.randn(bs, 10, generator=g).requires_grad_()
@@ -54,9 +54,7 @@ def mixing(bs=64, size=128, n=20):
     def ours(mixer):
         def once():
             xm, lam, perm = mixer(xb)
-            loss = MixLoss(plain)
-            loss.set(lam, perm)
-            loss(pred, yb).backward()
+            mixed_loss(plain, pred, yb, lam, perm).backward()
         return once
     work = {'torchvision v2 MixUp': None, 'torchvision v2 CutMix': None, 'timm Mixup, elem': None, 'timm CutMix, elem': None,
             'exp Mixup, one λ': ours(Mixup(each=False)), 'exp Mixup, λ per item': ours(Mixup()), 'exp CutMix, one box': ours(CutMix(each=False)), 'exp CutMix, box per item': ours(CutMix()),
