@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from PIL import Image
 from torch import nn
 from trained import COLOURS, NAMES, items, learner, net, norm, of, pictures
@@ -310,8 +309,3 @@ def test_looking_changes_nothing(folder, norm, monkeypatch):
     with pytest.raises(KeyError): cam(learn, x)
     monkeypatch.undo()
     assert fingerprint(learn) == before
-
-
-def test_it_knows_no_command():
-    text = (ROOT/'exp/interpret.py').read_text()
-    assert 'train_imagenette' not in text and 'predict_files' not in text and 'interpret' not in (ROOT/'exp/train_imagenette.py').read_text().replace('interpreter', '')
