@@ -203,13 +203,13 @@ def cam(learn, x, cls=None, layer=None) -> CAM:
         learn.look([xb], explain)
     return found[0]
 
-# %% ../nbs/11a_interpret.ipynb #7353b7ef
+# %% ../nbs/11a_interpret.ipynb #a6505483
 def overlay(x, heat):
     "The picture `x` (C, H, W) in grey under the map `heat` (H', W'): floats (3, H, W), 0–1."
     from matplotlib import colormaps
     lo, hi = (x.min(), x.max()) if x.is_floating_point() else (0, 255)
     grey = ((x.float() - lo)/(hi - lo)).mean(0, keepdim=True).expand(3, -1, -1)
-    h = F.interpolate(heat.float().relu()[None, None], x.shape[1:], mode='bicubic')[0, 0].relu()
+    h = F.interpolate(heat.float()[None, None], x.shape[1:], mode='bicubic')[0, 0].relu()
     h = h/h.max().clamp(min=1e-8)               # the highest place is 1, evidence against it 0
     colour = torch.from_numpy(colormaps['inferno'](h.numpy())[..., :3]).float().permute(2, 0, 1)
     return torch.lerp(grey, colour, .75*h)

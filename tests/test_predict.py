@@ -73,18 +73,6 @@ def test_all_well_is_0_and_top_k(folder, model, run):
     assert run(model, '--help')[0] == 0
 
 
-def test_upright_by_exif(tmp_path, model, run):
-    "A photo of a phone that lies on its side in the file, and the same picture upright: one prediction."
-    im, exif, lying = Image.new('RGB', (60, 40), COLOURS['zebra']), Image.Exif(), Image.Transpose.ROTATE_90
-    im.paste(Image.new('RGB', (60, 14), COLOURS['n01440764']), (0, 0))
-    exif[0x0112] = 6
-    names = [tmp_path/n for n in ('up.png', 'phone.png', 'no_exif.png')]
-    im.save(names[0])
-    for f, kw in zip(names[1:], ({'exif': exif}, {})): im.transpose(lying).save(f, **kw)
-    up, phone, on_its_side = (l.split('\t')[1:] for l in run(model, *names, '--top', 3)[1].splitlines())
-    assert up == phone != on_its_side
-
-
 def no_models(d, model):
     "Files that are no model, or none for pictures."
     good = model.read_bytes()
