@@ -151,14 +151,6 @@ def test_mistakes_are_told_in_every_process(two):
     assert [r['errors'] for r in two[0]] == [want, want]
 
 
-def test_backend(monkeypatch):
-    monkeypatch.setattr(torch.distributed, 'is_nccl_available', lambda: True)
-    assert D.pick_backend(2, 0) == 'gloo' and D.pick_backend(2, 2) == 'cpu:gloo,cuda:nccl'
-    with pytest.raises(ValueError): D.pick_backend(4, 2)
-    monkeypatch.setattr(torch.distributed, 'is_nccl_available', lambda: False)
-    assert D.pick_backend(4, 2) == 'gloo'
-
-
 def test_what_cannot_be_launched(monkeypatch):
     assert no_launch_because(lambda: 1) and no_launch_because(work.numbers) == ''
     f = lambda: 1
