@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ProcessLost', 'report_lost', 'no_launch_because', 'in_group', 'launch', 'any_process', 'SharedCheckpoint',
-           'PartOrder', 'CutBatches', 'take_rows', 'share_any', 'synchronised']
+           'PartBatches', 'PartOrder', 'take_rows', 'CutBatches', 'share_loader', 'share_any', 'synchronised']
 
-# %% ../nbs/more/10g_fault_tolerance.ipynb #1eb3cf35
-import copy, pickle, sys, uuid
+# %% ../nbs/more/10g_fault_tolerance.ipynb #45e02786
+import copy, os, pickle, sys, uuid
 from contextlib import contextmanager
 from functools import partial
 
@@ -18,10 +18,10 @@ from torch import nn
 from .batchnorm import BatchNorm
 from .callbacks import AvgStatsCallback, batch_len
 from .checkpoints import Checkpoint
-from .distributed import average_buffers, process_group, rank_and_size, shared, sum_stats
+from .distributed import average_buffers, part, process_group, rank_and_size, sum_stats
 from .fast_batches import EpochOrder, ItemLoader
 
-# %% ../nbs/more/10g_fault_tolerance.ipynb #a2446b14
+# %% ../nbs/more/10g_fault_tolerance.ipynb #e90753bd
 class ProcessLost(RuntimeError): "Another process has ended, or has not answered within the timeout."
 
 _LOST = ('connection closed', 'connection reset', 'connection refused', 'broken pipe', 'timed out',
@@ -32,7 +32,7 @@ def report_lost():
     """Inside, what the network says of a process that is gone is raised as `ProcessLost`, a sentence.
 
     To be put around `process_group`: `with report_lost(), process_group(timeout=120):`."""
-    rank = sys.modules['os'].environ.get('RANK', '0')
+    rank = os.environ.get('RANK', '0')
     try: yield
     except ProcessLost: raise
     except RuntimeError as e:
@@ -99,14 +99,28 @@ class SharedCheckpoint(Checkpoint):
         for s in [s for cb in tables for s in cb.stats.values()]:
             if rank_and_size()[0]: s.reset()
 
-# %% ../nbs/more/10g_fault_tolerance.ipynb #3c56b1ab
+# %% ../nbs/more/10g_fault_tolerance.ipynb #c280bd67
+class PartBatches:
+    "A sampler: of each of `batches` (of indices) the `part` of one process, where there is one."
+    def __init__(self, batches, part):
+        self.batches, self.part, self.sampler = batches, part, getattr(batches, 'sampler', batches)
+    def __len__(self): return len(self.batches)
+    def __iter__(self): return filter(len, map(self.part, self.batches))
+
 class PartOrder(EpochOrder):
-    "An `EpochOrder` of one process's part of each batch; where it stands in the data it shares with `order`."
+    "The same of an `EpochOrder` (08b), with which it shares its place in the data."
     def __init__(self, order, part): self.__dict__, self.part = order.__dict__, part
     def batches(self): return [(seed, self.part(idxs)) for seed, idxs in super().batches()]
 
+# %% ../nbs/more/10g_fault_tolerance.ipynb #c2a2628c
+def take_rows(b, rows):
+    "The `rows` of each tensor in the batch `b`."
+    if isinstance(b, dict): return {k: take_rows(v, rows) for k, v in b.items()}
+    if not isinstance(b, (tuple, list)): return b[rows]
+    return getattr(b, '_make', type(b))([take_rows(v, rows) for v in b])
+
 class CutBatches:
-    "Any loader's batches, cut to `part` after they were made; what it does not know it asks `dl`."
+    "The batches of any loader `dl`, made whole and then cut to `part`."
     def __init__(self, dl, part): self.dl, self.part = dl, part
     def __len__(self): return len(self.dl)
     def __getattr__(self, k): return getattr(self.__dict__['dl'], k)
@@ -116,20 +130,27 @@ class CutBatches:
             rows = list(self.part(range(batch_len(*whole))))
             if rows: yield take_rows(b, rows)
 
-def take_rows(b, rows):
-    "The `rows` of each tensor in the batch `b`."
-    if isinstance(b, dict): return {k: take_rows(v, rows) for k, v in b.items()}
-    if not isinstance(b, (tuple, list)): return b[rows]
-    return getattr(b, '_make', type(b))([take_rows(v, rows) for v in b])
-
-def share_any(dl, part):
-    """For `Distributed(loaders=share_any)`: an `ItemLoader` (08b) that reads only the files of `part`;
-    torch's `DataLoader` as `shared` does it; other loaders' batches are made whole, then cut."""
-    if getattr(dl, 'batch_sampler', None) is not None: return shared(dl, part)
-    if not isinstance(dl, ItemLoader) or dl.dataset.on_error == 'skip': return CutBatches(dl, part)
+# %% ../nbs/more/10g_fault_tolerance.ipynb #6cb69ba7
+def share_loader(dl, part):
+    "A loader of the `part(indices)` of each batch of `dl`."
+    batches = getattr(dl, 'batch_sampler', None)
+    fast = isinstance(dl, ItemLoader) and dl.dataset.on_error == 'raise'
+    if batches is None and not fast: return CutBatches(dl, part)
+    if hasattr(dl.sampler, 'num_replicas'):
+        raise ValueError('leave out the DistributedSampler: Distributed shares each batch itself')
     mine = copy.copy(dl)
-    vars(mine).update(sampler=PartOrder(dl.sampler, part))
+    new = {'sampler': PartOrder(dl.sampler, part)} if fast else {'batch_sampler': PartBatches(batches, part)}
+    vars(mine).update(new, _iterator=None)
     return mine
+
+def share_any(data, rank: int, world: int):
+    """For `Distributed(loaders=share_any)`: each process loads its own rows only, by torch's
+    `DataLoader` and `ItemLoader` (08b); batches of other loaders are made whole, then cut."""
+    data = copy.copy(data)
+    for name in ('train_dl', 'valid_dl'):
+        dl, mine = getattr(data, name), partial(part, rank=rank, world=world, train=name == 'train_dl')
+        if dl is not None: setattr(data, name, share_loader(dl, mine))
+    return data
 
 # %% ../nbs/more/10g_fault_tolerance.ipynb #ded6e96c
 class _Sum(torch.autograd.Function):

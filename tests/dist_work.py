@@ -106,6 +106,7 @@ JOBS = {
     'a last batch of one': job(partial(items, 65), epochs=4),
     'a last batch of one, torch loaders': job(partial(plain, 65)),
     'any loader': job(listed),
+    'whole batches, cut': job(partial(items, 66), loaders=None),
     'several inputs': job(partial(plain, cls=Several), OfSeveral),
     'several inputs, any loader, accumulation': job(partial(listed, 67, Several), OfSeveral, partial(GradientAccumulation, 2)),
     'Adam': job(items, opt=adam_opt()),
@@ -195,8 +196,7 @@ def errors():
     d = plain()
     sampler = torch.utils.data.DistributedSampler(d.train_ds)
     for name, f in {'other data': lambda: learner(plain(71 if rank else 100)).fit(1), 'other epochs': lambda: learner().fit(1 + rank),
-                    'a sampler': lambda: learner(DataBunch(torch.utils.data.DataLoader(d.train_ds, 8, sampler=sampler), None)).fit(1),
-                    'a list': lambda: learner(listed()).fit(1), 'nothing wrong': lambda: learner().fit(1)}.items():
+                    'a sampler': lambda: learner(DataBunch(torch.utils.data.DataLoader(d.train_ds, 8, sampler=sampler), None), loaders=share_any).fit(1), 'nothing wrong': lambda: learner().fit(1)}.items():
         try: f(); out[name] = None
         except Exception as e: out[name] = type(e).__name__
     return out
