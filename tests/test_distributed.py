@@ -26,7 +26,10 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp('two')
     torch.set_num_threads(1)
     work.part(folder/'started', 13)
-    return launch(work.everything, 2, str(folder), str(folder/'started'), timeout=200), folder
+    before = signal.getsignal(signal.SIGINT)
+    got = launch(work.everything, 2, str(folder), str(folder/'started'), timeout=200)
+    assert signal.getsignal(signal.SIGINT) is before                                   # Ctrl-C is the reader's own again
+    return got, folder
 
 
 def close(a, b, tol=1e-9): return a.keys() == b.keys() and all((a[k].double() - b[k].double()).abs().max() <= tol for k in a)
