@@ -6,8 +6,8 @@
 __all__ = ['ProcessLost', 'report_lost', 'no_launch_because', 'in_group', 'launch', 'SharedCheckpoint', 'any_process',
            'PartBatches', 'PartOrder', 'take_rows', 'CutBatches', 'share_loader', 'share_any', 'synchronised']
 
-# %% ../nbs/more/10g_fault_tolerance.ipynb #45e02786
-import copy, os, pickle, sys, uuid
+# %% ../nbs/more/10g_fault_tolerance.ipynb #556b4afb
+import copy, os, pickle, signal, sys, uuid
 from contextlib import contextmanager
 from functools import partial
 
@@ -43,7 +43,7 @@ def report_lost():
                           'time. Its own output says why; the same command goes on from the last '
                           f'checkpoint. ({said[:150]})') from e
 
-# %% ../nbs/more/10g_fault_tolerance.ipynb #fb14e016
+# %% ../nbs/more/10g_fault_tolerance.ipynb #49153e77
 def no_launch_because(f) -> str:
     "Why a new process could not find the function `f`, in words; '' where it can."
     name, in_notebook = getattr(f, '__name__', f), not hasattr(sys.modules['__main__'], '__file__')
@@ -59,6 +59,8 @@ def in_group(f, timeout, threads, *args):
     torch.set_num_threads(threads)
     with report_lost(), process_group(timeout=timeout): return f(*args)
 
+_SIGNALS = 'SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT'
+
 def launch(f, n: int, *args, timeout: float = 600., threads: int = 1, max_restarts=0) -> list:
     """`f(*args)` in `n` new processes that form a group, as `torchrun` does it; what they return.
 
@@ -68,7 +70,11 @@ def launch(f, n: int, *args, timeout: float = 600., threads: int = 1, max_restar
     if why := no_launch_because(f): raise ValueError(why)
     config = LaunchConfig(1, 1, n, run_id=uuid.uuid4().hex, max_restarts=max_restarts,
                           rdzv_backend='c10d', rdzv_endpoint='localhost:0', monitor_interval=.1)
-    results = elastic_launch(config, in_group)(f, timeout, threads, *args)
+    signals = [getattr(signal, s) for s in _SIGNALS if hasattr(signal, s)]
+    before = [signal.getsignal(s) for s in signals]         # elastic_launch leaves its own behind
+    try: results = elastic_launch(config, in_group)(f, timeout, threads, *args)
+    finally:
+        for s, handler in zip(signals, before): signal.signal(s, handler)
     return [results[rank] for rank in range(n)]
 
 # %% ../nbs/more/10g_fault_tolerance.ipynb #2ce5c8ec
