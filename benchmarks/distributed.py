@@ -5,6 +5,7 @@ Functions shaped as `benchmarks.__main__` wants them; run alone with `python -m 
 import multiprocessing
 import os
 import statistics
+import tempfile
 import time
 
 import torch
@@ -48,38 +49,36 @@ def _bare(ds, bs):
 
 def _ours(ds, bs):
     from exp.callbacks import AvgStatsCallback, DataBunch, accuracy
-    from exp.fast_batches import ItemLoader
     from exp.distributed import Distributed
+    from exp.fast_batches import ItemLoader
+    from exp.fault_tolerance import share_any
     from exp.learner import Learner
     from exp.optimizers import sgd_mom_opt
     learn = Learner(_model(), DataBunch(ItemLoader(ds, bs, shuffle=True, seed=0), None, 3, 10), F.cross_entropy, sgd_mom_opt, .01,
-                    cbs=[Distributed(), AvgStatsCallback(accuracy, silent=True)])
+                    cbs=[Distributed(loaders=share_any), AvgStatsCallback(accuracy, silent=True)])
     return lambda: learn.fit(1)
 
 
-def _serve(env, pipe, n, size, bs):
+def _serve(rank, pipe, meet, n, size, bs):
     "A process that runs what it is told to, until the pipe is closed."
-    from exp.distributed import process_group
-    os.environ.update(env)
     torch.set_num_threads(1)
-    with process_group(timeout=120):
-        ds = _data(n, size)
-        works = {'bare': _bare(ds, bs), 'ours': _ours(ds, bs)}
-        for w in works.values(): w()                                        # the first time is not like the others
-        pipe.send('ready')
-        while True:
-            try: name = pipe.recv()
-            except EOFError: return
-            dist.barrier(); works[name](); pipe.send(name)
+    dist.init_process_group('gloo', init_method=f'file://{meet}', rank=rank, world_size=2)
+    ds = _data(n, size)
+    works = {'bare': _bare(ds, bs), 'ours': _ours(ds, bs)}
+    for w in works.values(): w()                                            # the first time is not like the others
+    pipe.send('ready')
+    while True:
+        try: name = pipe.recv()
+        except EOFError: return dist.destroy_process_group()
+        dist.barrier(); works[name](); pipe.send(name)
 
 
 def distributed(n=512, size=64, bs=64):
-    "An epoch of `n` pictures by two processes (gloo, one thread each): a bare DDP loop, and a `Learner` with `Distributed`, which also weighs, meets and sums."
-    from exp.distributed import free_port
-    context, base, pipes = multiprocessing.get_context('spawn'), {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}, []
+    "An epoch of `n` pictures by two processes (gloo, one thread each): a bare DDP loop, and a `Learner` with `Distributed`, which also weighs and sums."
+    context, pipes, meet = multiprocessing.get_context('spawn'), [], os.path.join(tempfile.mkdtemp(), 'meet')
     for i in range(2):
         here, there = context.Pipe()
-        context.Process(target=_serve, args=({**base, 'RANK': str(i)}, there, n, size, bs), daemon=True).start()
+        context.Process(target=_serve, args=(i, there, meet, n, size, bs), daemon=True).start()
         pipes.append(here); there.close()
     for p in pipes: p.recv()
 

@@ -27,7 +27,7 @@ class GradientAccumulation(Callback):
     Warns where the last batches of a pass were lost: it ended before its last batch."""
     _order = AvgStatsCallback._order - 5    # before all that looks at gradients, or scales the loss
 
-    def __init__(self, n: int, count=lambda run: batch_len(run.xb, run.yb)):
+    def __init__(self, n: int, count=lambda run: getattr(run, 'rows', batch_len(run.xb, run.yb))):
         if n < 1: raise ValueError(f'a step for every n batches, at least 1, not {n}')
         self.n, self.count, self.batches, self.items, self.loss = n, count, 0, 0, None
 
@@ -175,6 +175,8 @@ class SaveBest(Watch):
         if self.path: self.write()
 
     def write(self):
+        dist = torch.distributed                # several processes: one of them writes
+        if dist.is_available() and dist.is_initialized() and dist.get_rank(): return
         try:
             with written_whole(self.path) as tmp: torch.save(self.weights, tmp)
         except (OSError, RuntimeError) as e:                    # a full disk is no reason to stop
@@ -202,7 +204,7 @@ class CSVLogger(Callback):
 
     A fit that goes on (`start`) replaces the rows of the epochs that it trains again. Warns where
     the file cannot be written. Raises `ValueError` where it has other columns."""
-    _order, _fit_only = AvgStatsCallback._order + 1, True
+    _order, _fit_only, _first_only = AvgStatsCallback._order + 1, True, True
     def __init__(self, path='history.csv'): self.path = Path(path).expanduser()
 
     def begin_fit(self, run):
@@ -237,7 +239,7 @@ class CSVLogger(Callback):
 class TensorBoardCallback(Callback):
     """Loss and hyper-parameters of each batch and the table of each epoch, for tensorboard, in the
     folder `log_dir`; written once an epoch. Raises `ImportError` where it is not installed."""
-    _order, _fit_only = Recorder._order + 1, True
+    _order, _fit_only, _first_only = Recorder._order + 1, True, True
     def __init__(self, log_dir='runs'): self.log_dir, self.writer = Path(log_dir).expanduser(), None
 
     def begin_fit(self, run):
