@@ -18,9 +18,10 @@ from .callbacks import AvgStatsCallback, Callback, accuracy
 from .checkpoints import Checkpoint
 from .convnets import keep_freed_memory
 from .datasets import DataError, URLs, untar_data
-from .distributed import Distributed, ProcessLost, process_group, rank0_only, rank_and_size
+from .distributed import Distributed, process_group, rank0_only, rank_and_size
 from .export_models import export
 from .fast_batches import fast_dl, in_memory
+from .fault_tolerance import ProcessLost, report_lost, share_any
 from .faster import ChannelsLast, Compile, native_dtype, native_precision
 from .mixed_precision import MixedPrecision
 from .predict import Parser, checked_device
@@ -158,7 +159,7 @@ def summarise(results) -> dict:
 # %% ../nbs/more/11g_exp_train.ipynb #ccd39691
 def get_cbs(c, folder, stats, tensorboard=False) -> list:
     "The callbacks of a run that are no recipe's: speed, table, bar, files in `folder`."
-    cbs = [Distributed(), ChannelsLast(), stats, ProgressCallback(),
+    cbs = [Distributed(loaders=share_any), ChannelsLast(), stats, ProgressCallback(),
            CSVLogger(folder/'history.csv'), Checkpoint(folder/'checkpoints', keep=2)]
     if c['bf16']: cbs.append(MixedPrecision(torch.bfloat16))
     if c['bf16'] is None and native_dtype(c['device'])[0]: cbs += native_precision(c['device'])
@@ -287,7 +288,7 @@ def main(args=None) -> int:
     for out in (sys.stdout, sys.stderr):                    # a terminal that has no … is no reason
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='replace')
     try:
-        with process_group(timeout=120.): return report(a)
+        with report_lost(), process_group(timeout=120.): return report(a)
     except KeyboardInterrupt:
         first = os.environ.get('RANK', '0') == '0'
         return complain(f'interrupted {how_far(a, a.done)}', 130, first)
