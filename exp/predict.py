@@ -112,7 +112,7 @@ def get_parser() -> Parser:
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps (default: the best there is)')
     return p
 
-# %% ../nbs/more/11d_exp_predict.ipynb #0c0881cc
+# %% ../nbs/more/11d_exp_predict.ipynb #4951cf29
 def one_line(s):
     "`s` on one harmless line: what cannot be printed, as an escape."
     escaped = (c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(s))
@@ -127,6 +127,7 @@ def complain(s):
     "One line on stderr."
     say(f'exp-predict: {one_line(s)}', sys.stderr)
 
+# %% ../nbs/more/11d_exp_predict.ipynb #0c0881cc
 def checked_device(name=None) -> torch.device:
     "The device `name` (None: the best there is), tried. Raises `DataError`: it is not to be had."
     try:
@@ -137,12 +138,13 @@ def checked_device(name=None) -> torch.device:
         why = str(e).splitlines()[0][:90]
         raise DataError(f'--device {name}: not to be had on this machine ({why})') from None
 
-# %% ../nbs/more/11d_exp_predict.ipynb #e0a34c58
+# %% ../nbs/more/11d_exp_predict.ipynb #edb1dd44
 def told(f, top, width):
     "The line for a file: columns for people, tabs for programs."
     words = [[one_line(readable(label)), *([] if p is None else [f'{p:.4f}'])] for label, p in top]
     return '\t'.join([f'{one_line(f):<{width}}', *sum(words, [])])
 
+# %% ../nbs/more/11d_exp_predict.ipynb #e0a34c58
 def predict_all(a, done) -> int:
     """`exp-predict` with the parsed options `a`: a line a file. `done` gets the records. How many
     files failed."""

@@ -6,9 +6,9 @@
 __all__ = ['NFS', 'leaderboard', 'ARCHS', 'ranger', 'OPTS', 'LRS', 'SCHEDS', 'TFMS', 'CROPPED', 'RECIPES', 'read_as', 'split_of',
            'get_items', 'lesson', 'radam_step', 'lookahead_step', 'lesson_cycle', 'flat_cos', 'flip', 'strong', 'EMA',
            'ValidateEvery', 'recipe_for', 'crops_for', 'get_recipe', 'as_page', 'extras', 'get_training', 'number',
-           'sizes', 'recipe_options']
+           'sizes', 'net_options', 'step_options', 'recipe_options']
 
-# %% ../nbs/more/11e_recipes.ipynb #7ca6be96
+# %% ../nbs/more/11e_recipes.ipynb #14f1db1a
 import argparse, warnings
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+# %% ../nbs/more/11e_recipes.ipynb #186218c6
 from .annealing import combine_scheds, cos_1cycle_anneal, sched_cos, sched_no
 from .batch_transforms import Augment, RandomColor
 from .batchnorm import conv_layer
@@ -36,7 +37,7 @@ from .train_imagenette import Recipe, crop_and_flip, get_learner, one_cycle
 from .transforms import BatchAugment, RandomAffine, RandomFlip
 from .xresnet import MaxBlurPool, xresnet18, xresnet34, xresnet50, xse_resnext50
 
-# %% ../nbs/more/11e_recipes.ipynb #72a9026d
+# %% ../nbs/more/11e_recipes.ipynb #9989f4c4
 def read_as(il, size):
     "`il` with pictures that are read upright, in any mode, and squeezed to `size` × `size` bytes."
     il.tfms = [any_rgb, ResizeFixed(size), to_byte_tensor]
@@ -61,6 +62,7 @@ def split_of(path, valid_pct=0., seed=42):
                       f'train/CLASS/ or {there[0]}/CLASS/', stacklevel=3)
     return sd
 
+# %% ../nbs/more/11e_recipes.ipynb #f8d8dd77
 def get_items(path, size, train_size=None, valid_pct=0., seed=42) -> SplitData:
     """The pictures of a folder, split and labelled by their folders' names. Raises `DataError`.
 
@@ -189,7 +191,7 @@ RECIPES = dict(
     gpu=dict(_FIVE, arch='leaderboard', width=1., size=128, crops=None, bs=32, opt='ranger',
              lr=8e-3, wd=1e-4, sched='flat', tfms='flip', validate=1))
 
-# %% ../nbs/more/11e_recipes.ipynb #75a4171b
+# %% ../nbs/more/11e_recipes.ipynb #c8a171b5
 def recipe_for(device) -> str:
     "Its recipe: `gpu`, `cpu16` for a processor that computes in bfloat16 by itself, else `cpu`."
     kind = torch.device(device).type
@@ -201,6 +203,7 @@ def crops_for(size, own) -> tuple:
     if not own['crops']: return size, size
     return tuple(max(8, round(c*size/own['size'])) for c in own['crops'])
 
+# %% ../nbs/more/11e_recipes.ipynb #468fe78c
 def get_recipe(name=None, device='cpu', **changes) -> dict:
     """The settings of recipe `name` (None: `recipe_for(device)`) with `changes`; None is no change.
 
@@ -259,10 +262,9 @@ def sizes(s):
     pixels = number(int, 8, 1024)
     return pixels(first), pixels(last)
 
-# %% ../nbs/more/11e_recipes.ipynb #9a404333
-def recipe_options(add):
-    "An option for each setting of a recipe."
-    n = number
+# %% ../nbs/more/11e_recipes.ipynb #0f6c9c38
+def net_options(add, n=number):
+    "Options for what is trained, and on what."
     add('--recipe', choices=RECIPES, help='the settings to start from (gpu where there is an '
         'NVIDIA GPU, cpu16 on a processor that computes in bfloat16, else cpu)')
     add('--arch', choices=ARCHS, help='the network')
@@ -274,6 +276,10 @@ def recipe_options(add):
         'number: they do not grow (the size)')
     add('--bs', type=n(int, 2), help='batch size, of all processes together; 16 for fewer than '
         '2,000 training pictures')
+
+# %% ../nbs/more/11e_recipes.ipynb #b5ba9550
+def step_options(add, n=number):
+    "Options for how it is trained."
     add('--opt', choices=OPTS, help='the optimizer')
     add('--lr', type=n(float, 1e-8, 1e3), help='highest learning rate')
     add('--wd', type=n(float, 0, 10), help='weight decay, not of biases and norms')
@@ -288,3 +294,9 @@ def recipe_options(add):
         'average of the weights; 0: do not')
     add('--validate', type=n(int, 0), metavar='N', help='validate after every N-th epoch and the '
         'last; 0: after the last only')
+
+# %% ../nbs/more/11e_recipes.ipynb #418d554c
+def recipe_options(add):
+    "An option for each setting of a recipe, by `add`, an `add_argument`."
+    net_options(add)
+    step_options(add)

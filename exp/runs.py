@@ -100,7 +100,7 @@ def from_first(f):
     box[1].told = rank > 0                                  # the first process says it
     raise box[1]
 
-# %% ../nbs/more/11f_runs.ipynb #bdd886ee
+# %% ../nbs/more/11f_runs.ipynb #488a243f
 @contextmanager
 def only_here(folder):
     """Inside, this command alone trains into `folder`, which is made; one that is still empty at
@@ -121,6 +121,7 @@ def only_here(folder):
         for end in ends:                                    # what is not empty stays
             with suppress(OSError): end()
 
+# %% ../nbs/more/11f_runs.ipynb #ed08ee58
 @contextmanager
 def settings_file(file, settings):
     """Writes `settings` to `file`, and gives `begin()`, to be called when the training begins.

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['one_cycle', 'crop_and_flip', 'Recipe', 'get_data', 'get_learner', 'train']
 
-# %% ../nbs/11b_train_imagenette.ipynb #ba87a252
+# %% ../nbs/11b_train_imagenette.ipynb #1cd58e45
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+# %% ../nbs/11b_train_imagenette.ipynb #4ae0ae47
 from .annealing import ParamScheduler, combine_scheds, cos_1cycle_anneal
 from .callbacks import AvgStatsCallback, BatchTransformXCallback, CudaCallback, accuracy
 from .checkpoints import Checkpoint

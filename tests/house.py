@@ -21,7 +21,7 @@ LONGER = dict.fromkeys(('08_data_block', '09_optimizers', '09b_learner', '10_tra
 SECOND_READING = dict(minutes=75, lines=250, cells=130, wide=0, long=0, picture_kb=60)
 MODULE = dict(branches=12, weight=15, heavy=0, wide=0, patches=0)
 LESSONS_TOGETHER, EVERYTHING = dict(minutes=900, chars=100_000), dict(chars=220_000)
-WIDTH, CELL = 100, 20                            # columns of a line; lines of a cell that holds no class
+WIDTH, CELL = 100, 20                            # columns of a line; lines of a cell that holds no class and no whole script
 STRANGERS = [('learner', 'data_block datasets pictures fast_batches transforms', 'the loop knows no pictures'),
              ('optimizers fast_optimizers', 'callbacks learner', 'a step knows no loop'),
              ('convnets batchnorm xresnet', 'callbacks learner checkpoints', 'a net knows no loop and no files'),
@@ -97,7 +97,7 @@ class Notebook:
             elif c['cell_type'] == 'markdown': minutes += len(source(c).split())/200
         body = [l for c in self.code for l in source(c).splitlines()]
         pictures = [p for c in self.code for o in c.get('outputs', []) for k, p in o.get('data', {}).items() if k.startswith('image/')]
-        has_class = {c['id'] for c in self.code if any(isinstance(o, ast.ClassDef) for o in ast.walk(parsed(source(c))))}
+        has_class = {c['id'] for c in self.code if any(isinstance(o, ast.ClassDef) for o in ast.walk(parsed(source(c)))) or source(c).startswith('%%writefile')}
         return dict(minutes=round(minutes), first=first, cells=len(self.cells), wide=sum(len(l) > WIDTH for l in body),
                     picture_kb=max((len(''.join(p))*3//4000 for p in pictures), default=0),      # of base64
                     lines=sum(len(read(source(c))[0]) - 1 for c in self.exported),
