@@ -35,21 +35,18 @@ def parts(run, data) -> dict:
             'gradients': (grads, put_grads), 'order': order(data.train_dl),
             'validation': order(data.valid_dl), 'dice': (rng_state, set_rng_state)}
 
-# %% ../nbs/09d_checkpoints.ipynb #0b0d56aa
-def _dice(gens): return [generator_state(g) for g in gens]
-def _put_dice(gens, states):
-    for g, s in zip(gens, states): set_generator_state(g, s)
-
+# %% ../nbs/09d_checkpoints.ipynb #dfdee62a
 def callback_parts(run) -> dict:
     "The same of the callbacks: what their `state_dict` says, and their own generators."
     device, out, count = next(run.model.parameters()).device, {}, Counter()
     for cb in run.cbs:
-        kind, gens = type(cb).__name__, own_generators(cb)
+        kind = type(cb).__name__
         count[kind] += 1
         name = f'{kind} {count[kind]}'
         def put(s, cb=cb): cb.load_state_dict(to_device(s, device))
         if hasattr(cb, 'state_dict'): out[name] = cb.state_dict, put
-        if gens: out[f'dice of {name}'] = partial(_dice, gens), partial(_put_dice, gens)
+        for i, g in enumerate(own_generators(cb)):
+            out[f'dice {i} of {name}'] = partial(generator_state, g), partial(set_generator_state, g)
     return out
 
 # %% ../nbs/09d_checkpoints.ipynb #febb3173
@@ -81,16 +78,16 @@ class Rest:
         self.then()
         yield from batches
 
-# %% ../nbs/09d_checkpoints.ipynb #bc1a9166
+# %% ../nbs/09d_checkpoints.ipynb #13525414
 def _digest(items):
     "A number that stands for the names of `items` in their order."
-    names = '\0'.join(map(items.name, range(len(items))))
-    return hashlib.md5(names.encode('utf-8', 'surrogateescape')).hexdigest()
+    names = ''.join(f'{items.name(i)}\0' for i in range(len(items)))
+    return hashlib.blake2b(names.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()
 
 def data_facts(data) -> dict:
     "What must be the same for a fit to go on: sizes, batches, classes, names on each side."
     train, valid, classes = data.train_dl, data.valid_dl, getattr(data, 'classes', None)
-    facts = {'batches': [len(train), valid is not None and len(valid)],
+    facts = {'batches': len(train), 'validation batches': valid is not None and len(valid),
              'batch size': getattr(train, 'bs', None) or getattr(train, 'batch_size', None),
              'classes': classes and list(map(str, classes))}
     for side in ('train', 'valid'):
@@ -98,14 +95,14 @@ def data_facts(data) -> dict:
         if hasattr(part, 'x'): facts[f'names of {side} items'] = _digest(part.x)
     return facts
 
-# %% ../nbs/09d_checkpoints.ipynb #9010cad8
+# %% ../nbs/09d_checkpoints.ipynb #020d28ab
 def fit_facts(run) -> dict:
     "What a fit is going to do: epochs, hyper-parameters, each schedule at five places."
     groups = get_hypers(run.opt)
     facts = {k: [g.get(k) for g in groups] for k in groups[0] if k != 'params'}
     for cb in run.cbs:
-        scheds = cb.scheds if isinstance(cb, ParamScheduler) else []
-        if scheds: facts[f'schedule of {cb.pname}'] = [[s(i/4) for i in range(5)] for s in scheds]
+        if not isinstance(cb, ParamScheduler): continue
+        facts[f'schedule of {cb.pname}'] = [[s(i/4) for i in range(5)] for s in cb.scheds]
     return {'epochs': run.n_epochs, **facts}
 
 def compare_facts(saved, here) -> None:
@@ -116,7 +113,7 @@ def compare_facts(saved, here) -> None:
             raise ValueError(f'it is of another fit: {k} {was:.80} in the file, here {now:.80} '
                              '(load(learn, path) takes weights and optimizer only)')
 
-# %% ../nbs/09d_checkpoints.ipynb #aa52d475
+# %% ../nbs/09d_checkpoints.ipynb #db7f1974
 NAME = re.compile(r'\d{6}-[0-9a-f]{4}\.\d{9}\.pt')          # run, random letters, steps
 
 class Checkpoint(Callback):
@@ -203,7 +200,7 @@ class Checkpoint(Callback):
         "As a fit begins: put back everything that was saved, or nothing."
         f, d = self.found
         kept, cbs = parts(run, self.data), callback_parts(run)
-        loaders = [self.data.train_dl, self.data.valid_dl]
+        loaders = self.data.train_dl, self.data.valid_dl
         with refusing(f, snapshot(bare(run.model), run.opt, loaders, [run.opt, *run.cbs])):
             compare_facts(d['facts'], self.facts)
             if [*run.start] != d['position']:

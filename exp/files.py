@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'VERSION', 'plain', 'CheckpointError', 'sweep', 'write_atomic', 'write_file', 'refusing', 'read_file',
            'check_model', 'opt_state', 'load_opt', 'save', 'load']
 
-# %% ../nbs/09ca_files.ipynb #b0744794
-import contextlib, copy, io, os, pickle, re, secrets, time, warnings, zipfile
+# %% ../nbs/09ca_files.ipynb #1bb528a0
+import contextlib, io, os, pickle, re, secrets, time, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +127,7 @@ def check_model(model, sd) -> None:
         if a != b:
             raise ValueError(f'it is of another architecture: {k} is {a} in the file, {b} here')
 
-# %% ../nbs/09ca_files.ipynb #a462589c
+# %% ../nbs/09ca_files.ipynb #c9a13181
 def _inner(opt): return getattr(opt, 'opt', opt)           # ours inside a bridge to torch
 
 def _name(f): return getattr(f, '__name__', None) or _name(getattr(f, 'func', type(f)))
@@ -148,7 +148,7 @@ def load_opt(opt, model, saved) -> None:
         raise ValueError(f'its optimizer is {saved["kind"]}; here: {mine["kind"]}')
     if saved['groups'] != mine['groups']:
         raise ValueError('the groups of its optimizer hold other parameters')
-    _inner(opt).load_state_dict(copy.deepcopy(saved['state']))
+    _inner(opt).load_state_dict(saved['state'])
 
 # %% ../nbs/09ca_files.ipynb #a273515a
 def save(learn, path, opt: bool = True) -> Path:
