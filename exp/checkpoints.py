@@ -35,7 +35,7 @@ def parts(run, data) -> dict:
             'gradients': (grads, put_grads), 'order': order(data.train_dl),
             'validation': order(data.valid_dl), 'dice': (rng_state, set_rng_state)}
 
-# %% ../nbs/09d_checkpoints.ipynb #dfdee62a
+# %% ../nbs/09d_checkpoints.ipynb #d88436a7
 def callback_parts(run) -> dict:
     "The same of the callbacks: what their `state_dict` says, and their own generators."
     device, out, count = next(run.model.parameters()).device, {}, Counter()
@@ -46,7 +46,8 @@ def callback_parts(run) -> dict:
         def put(s, cb=cb): cb.load_state_dict(to_device(s, device))
         if hasattr(cb, 'state_dict'): out[name] = cb.state_dict, put
         for i, g in enumerate(own_generators(cb)):
-            out[f'dice {i} of {name}'] = partial(generator_state, g), partial(set_generator_state, g)
+            get_put = partial(generator_state, g), partial(set_generator_state, g)
+            out[f'dice {i} of {name}'] = get_put
     return out
 
 # %% ../nbs/09d_checkpoints.ipynb #febb3173
@@ -113,7 +114,7 @@ def compare_facts(saved, here) -> None:
             raise ValueError(f'it is of another fit: {k} {was:.80} in the file, here {now:.80} '
                              '(load(learn, path) takes weights and optimizer only)')
 
-# %% ../nbs/09d_checkpoints.ipynb #db7f1974
+# %% ../nbs/09d_checkpoints.ipynb #de5d7011
 NAME = re.compile(r'\d{6}-[0-9a-f]{4}\.\d{9}\.pt')          # run, random letters, steps
 
 class Checkpoint(Callback):
@@ -183,9 +184,9 @@ class Checkpoint(Callback):
         "Write a checkpoint, then remove those of this run that are too many."
         dist = torch.distributed
         if dist.is_available() and dist.is_initialized() and dist.get_rank(): return
+        now, cbs = take(parts(run, self.data)), take(callback_parts(run))
         state = {'position': [epoch, batch], 'n_iter': run.n_iter, 'facts': self.facts,
-                 'parts': take(parts(run, self.data)), 'at_pass': self.at_pass or {},
-                 'callbacks': take(callback_parts(run))}
+                 'parts': now, 'at_pass': self.at_pass or {}, 'callbacks': cbs}
         try: write_file(self.folder/f'{self.run_id}.{run.n_iter:09d}.pt', 'checkpoint', state)
         except CheckpointError as e:
             full = getattr(e.__cause__, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT)

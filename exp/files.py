@@ -18,7 +18,7 @@ from .convnets import bare
 from .learner import Learner
 from .lr_find import snapshot
 
-# %% ../nbs/09ca_files.ipynb #71742327
+# %% ../nbs/09ca_files.ipynb #cf05bbce
 def plain(o, where='it'):
     """`o` in plain types: tensors on the CPU, numbers, text, None; lists, tuples, dicts of them.
 
@@ -27,7 +27,7 @@ def plain(o, where='it'):
         o = o.detach().cpu()
         return o if o.untyped_storage().nbytes() == o.nbytes else o.clone()
     if isinstance(o, np.generic): o = o.item()
-    if o is None or isinstance(o, bool): return o
+    if type(o) in (bool, type(None)): return o
     for kind, to in ((str, str.__str__), (int, int), (float, float)):      # an Enum, too
         if isinstance(o, kind): return to(o)
     if isinstance(o, dict): return {plain(k, where): plain(v, f'{where}.{k}') for k, v in o.items()}
