@@ -10,12 +10,6 @@ from conftest import NBS, ROOT
 try: import tomllib
 except ImportError: import tomli as tomllib
 
-# Notebooks that have not been rewritten at their size yet. Nothing but the order of imports is held of them and of their modules; whoever
-# rewrites one takes its name out of here and out of [tool.ruff] in pyproject.toml.
-NOT_YET = {
-        '10_transforms', '10d_distributed', '11a_interpret', '11b_train_imagenette',
-}
-
 by_name = {n.name: n for n in house.notebooks()}
 each = pytest.mark.parametrize('nb', by_name.values(), ids=by_name)
 
@@ -23,8 +17,7 @@ each = pytest.mark.parametrize('nb', by_name.values(), ids=by_name)
 @each
 def test_is_within_its_ceilings(nb):
     found = house.faults(nb)
-    if nb.name in NOT_YET: assert found, f'{nb.name} is within every ceiling: take it out of NOT_YET'
-    else: assert not found, '\n'.join(found)
+    assert not found, '\n'.join(found)
 
 
 @each
@@ -33,7 +26,6 @@ def test_imports_go_down_the_numbers(nb):
 
 
 def test_all_together_are_within_theirs():
-    if NOT_YET: pytest.skip(f'held once NOT_YET is empty; in it: {len(NOT_YET)}')
     lessons, everything = house.totals()
     assert not house.over(lessons, house.LESSONS_TOGETHER, 'lessons') + house.over(everything, house.EVERYTHING, 'everything')
 
@@ -42,14 +34,11 @@ def test_every_notebook_has_a_number_of_its_own():
     assert {p.stem for p in NBS} == {*by_name, 'index'}
     numbers = [n.number for n in by_name.values()]
     assert numbers == sorted({*numbers}) and [n.name for n in by_name.values()] == sorted(by_name)
-    assert NOT_YET <= {*by_name}, 'a notebook of NOT_YET is gone'
     assert not [n.name for n in by_name.values() if not n.is_lesson and not n.number[1]], 'a second reading has a letter'
 
 
-def test_ruff_leaves_out_those_alone_that_are_not_rewritten():
-    wanted = sorted(p for n in NOT_YET for p in (by_name[n].path.relative_to(ROOT).as_posix(), f'exp/{by_name[n].module}.py'))
-    left_out = tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['ruff']['extend-exclude']
-    assert sorted(left_out) == wanted, 'extend-exclude should be\n' + '\n'.join(f'    "{p}",' for p in wanted)
+def test_ruff_leaves_out_nothing():
+    assert 'extend-exclude' not in tomllib.loads((ROOT/'pyproject.toml').read_text())['tool']['ruff']
 
 
 # what is measured, on cells made for it
