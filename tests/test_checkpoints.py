@@ -50,7 +50,7 @@ def seed_all(s): torch.manual_seed(s); random.seed(s); np.random.seed(s)
 
 
 class StopAt(Callback):
-    "Ends the fit as Ctrl-C would, after training batch `at`, when all others have done."
+    "Ends the fit as Ctrl-C would, after training batch `at`."
     _order = 2000
     def __init__(self, at): self.at = at
     def after_batch(self, run):
@@ -279,31 +279,24 @@ def test_every_kind_of_place(opt, dl_seed, tmp_path):
         assert [h['lr'] for h in get_hypers(new.opt)] == [h['lr'] for h in get_hypers(ref.opt)] == [.05]
 
 
-class GlobalDraws(torch.utils.data.Dataset):
-    "Draws from the global generators, as most of the world's transforms do."
+class Draws:
+    "A data set that draws from the global generators, as most of the world's transforms do; a sampler and a callback that draw from numpy's."
+    def __init__(self, seed=0, kind=np.random.PCG64): self.dice = np.random.Generator(kind(seed))
     def __len__(self): return 40
     def __getitem__(self, i): return (X[i] + torch.randn(10)*.1 + random.random() + np.random.rand()).float(), Y[i]
-
-
-class NumpyOrder(torch.utils.data.Sampler):
-    "Draws the order of each pass from a generator of numpy's."
-    def __init__(self, kind, seed): self.dice = np.random.Generator(kind(seed))
-    def __len__(self): return 40
     def __iter__(self): return iter(self.dice.permutation(40).tolist())
 
 
-class Noise(Callback):
-    "Draws from a generator of numpy's, and between epochs from the global ones."
-    def __init__(self, seed): self.dice = np.random.default_rng(seed)
+class Noise(Draws, Callback):
     def begin_batch(self, run): run.xb = run.xb + torch.from_numpy(self.dice.normal(size=run.xb.shape).astype(np.float32))
     def after_epoch(self, run): random.gauss(0, 1), np.random.randn()
 
 
-@pytest.mark.parametrize('kind', [None, np.random.PCG64, np.random.MT19937])
+@pytest.mark.parametrize('kind', [None, np.random.MT19937])
 def test_everything_that_draws(kind, tmp_path):
     def make(seed=0):
-        order = {'shuffle': True} if kind is None else {'sampler': NumpyOrder(kind, seed)}
-        train, valid = torch.utils.data.DataLoader(GlobalDraws(), 8, **order), torch.utils.data.DataLoader(GlobalDraws(), 16)
+        order = {'shuffle': True} if kind is None else {'sampler': Draws(seed, kind)}
+        train, valid = torch.utils.data.DataLoader(Draws(), 8, **order), torch.utils.data.DataLoader(Draws(), 16)
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(10, 5), nn.Dropout(.5), nn.Linear(5, 3))
         return Learner(model, DataBunch(train, valid), F.cross_entropy, cbs=[AvgStatsCallback(accuracy, silent=True), Recorder(), Noise(seed)])
@@ -345,9 +338,8 @@ def test_a_module_with_a_state_beside_its_tensors(tmp_path):
         learn = toy(seed)
         learn.model = nn.Sequential(Counting(10, 3))
         return learn
-    learn = make().fit(1)
+    learn = stopped(tmp_path/'c', 10, 2, make=make)
     assert load(make(), save(learn, tmp_path/'a.pt')).model[0].calls == learn.model[0].calls > 0
-    stopped(tmp_path/'c', 10, 2, make=make)
     assert resumed(tmp_path/'c', 2, make=make).model[0].calls == make().fit(2).model[0].calls
 
 
@@ -358,12 +350,11 @@ def test_the_last_k_of_each_run_stay_and_nothing_else_is_touched(tmp_path):
     mine = [tmp_path/n for n in ('notes.txt', 'best.pt', '.notes.pt.0123abcd.tmp')]
     for f in mine: f.write_bytes(b'mine')
     toy().fit(2, Checkpoint(tmp_path, every=1, keep=3))
-    first = {f: f.read_bytes() for f in Checkpoint(tmp_path).files()}
+    first = Checkpoint(tmp_path).files()
     assert [f.name.split('.')[1] for f in first] == ['000000014', '000000013', '000000012']
     toy(1).fit(2, Checkpoint(tmp_path, every=1, keep=2))                             # the same folder, again from the start
     files = Checkpoint(tmp_path).files()
-    assert len(files) == 5 and all(f.read_bytes() == b for f, b in first.items()) and not {*files[:2]} & {*first}      # newest run first
-    assert all(f.read_bytes() == b'mine' for f in mine)
+    assert len(files) == 5 and files[2:] == first and all(f.read_bytes() == b'mine' for f in mine)        # newest run first
     for _ in range(4): toy().fit(1, Checkpoint(tmp_path))
     assert len({f.name[:6] for f in Checkpoint(tmp_path).files()}) == 6                # whatever the random letters say
     with pytest.raises(ValueError): Checkpoint(tmp_path, keep=0)
@@ -395,13 +386,12 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path):
         learn.fit(2, [Fill(), Checkpoint(tmp_path/'c', every=2)])
         with pytest.raises(CheckpointError): save(learn, tmp_path/'w.pt')
     limit.__exit__(None, None, None)
-    assert learn.n_iter == 14 and (tmp_path/'w.pt').read_bytes() == before and len(w) == 7
-    assert sorted(f.name.split('.')[1] for f in (tmp_path/'c').iterdir()) == ['000000002', '000000004']
+    assert learn.n_iter == 14 and (tmp_path/'w.pt').read_bytes() == before and len(w) == 7 and len([*(tmp_path/'c').iterdir()]) == 2
     assert Checkpoint(tmp_path/'c').start(toy(n_hid=2000)) == (0, 4)
 
 
-@pytest.mark.parametrize('room', [2, 1])
-def test_where_a_disk_has_little_room_the_oldest_goes_first_and_never_the_newest(room, tmp_path, monkeypatch):
+@pytest.mark.parametrize('room,left', [(3, [7, 6]), (2, [7]), (1, [1])])
+def test_where_a_disk_has_little_room_the_oldest_goes_first_and_never_the_newest(room, left, tmp_path, monkeypatch):
     real = checkpoints.write_file
     def small(path, kind, state):
         if len([*tmp_path.glob('*.pt')]) < room: return real(path, kind, state)
@@ -410,7 +400,8 @@ def test_where_a_disk_has_little_room_the_oldest_goes_first_and_never_the_newest
     with warnings.catch_warnings(record=True) as w:
         warnings.simplefilter('always')
         toy().fit(1, Checkpoint(tmp_path, every=1, keep=3))
-    assert Checkpoint(tmp_path).start(toy()) == ((1, 0) if room == 2 else (0, 1)) and bool(w) == (room == 1)
+    assert [int(f.name.split('.')[1]) for f in Checkpoint(tmp_path).files()] == left and bool(w) == (room == 1)
+    assert Checkpoint(tmp_path).start(toy()) == ((0, 1) if room == 1 else (1, 0))
 
 
 # ---------------------------------------------------------------- another fit
@@ -442,7 +433,7 @@ def test_the_split_is_part_of_it(tmp_path):
 def test_a_choice_serves_one_fit_at_its_own_place(tmp_path):
     "Elsewhere batches would be trained twice, or left out; without a choice, fresh weights from the middle."
     stopped(tmp_path/'c', 9)
-    for start in ((1, 0), (1, 1), (1, 5), (0, 2), (0, 0), (2, 0)):
+    for start in ((1, 0), (1, 5), (0, 2), (0, 0)):
         new, ck = toy(1), Checkpoint(tmp_path/'c')
         before = weights(new)
         ck.start(new)
@@ -491,13 +482,14 @@ def test_save_and_load(tmp_path):
         load(toy(opt=adam_opt(), lr=.001), path, opt=False)
 
 
-@pytest.mark.parametrize('front', ['module.', '_orig_mod.', 'module._orig_mod.'])
-def test_names_that_wrappers_put_in_front(front, tmp_path):
+def test_names_that_wrappers_put_in_front(tmp_path):
     learn, wrapped = toy(), toy(5)
-    torch.save({front + k: v for k, v in learn.model.state_dict().items()}, tmp_path/'w.pt')
-    assert same(weights(load(toy(5), tmp_path/'w.pt')), weights(learn))
-    for l in (learn, wrapped): l.model = nn.ModuleDict({'module': l.model})          # a net may have a layer of that name
-    assert same(weights(load(wrapped, save(learn, tmp_path/'v.pt'))), weights(learn))
+    for front in ('module.', '_orig_mod.', 'module._orig_mod.'):
+        torch.save({front + k: v for k, v in learn.model.state_dict().items()}, tmp_path/'w.pt')
+        assert same(weights(load(toy(5), tmp_path/'w.pt')), weights(learn))
+    for l in (learn, wrapped): l.model = nn.ModuleDict({'a': nn.ModuleDict({'module': l.model})})     # a net may have a layer of that name
+    torch.save({'module.' + k: v for k, v in learn.model.state_dict().items()}, tmp_path/'w.pt')
+    for f in (tmp_path/'w.pt', save(learn, tmp_path/'v.pt')): assert same(weights(load(wrapped, f)), weights(learn))
     learn.model = nn.DataParallel(toy(8).model)                                      # and a wrapped one is saved without
     assert same(weights(load(toy(5), save(learn, tmp_path/'u.pt'))), weights(toy(8)))
 
@@ -512,7 +504,7 @@ class Trips(torch.optim.SGD):
 
 def test_what_is_refused_changes_nothing(tmp_path):
     trips = partial(Trips, momentum=.9)
-    for opt, change in ((trips, {}), (adam_opt(), {'model': {}}), (adam_opt(), {'model': toy(n_hid=30).model.state_dict()})):
+    for opt, change in ((trips, {}), (adam_opt(), {'model': toy(n_hid=30).model.state_dict()})):
         learn, path = toy(2, opt).fit(1), save(toy(3, opt).fit(1), tmp_path/'w.pt')
         torch.save({**torch.load(path, weights_only=True), **change}, path)
         before, state = weights(learn), {p: {k: v.clone() if torch.is_tensor(v) else v for k, v in s.items()} for p, s in learn.opt.state.items()}
