@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'read_picture', 'scores_of', 'predict_files', 'ranked', 'in_folder', 'find_pictures', 'Parser', 'get_parser',
-           'one_line', 'say', 'complain', 'checked_device', 'told', 'predict_all', 'main']
+           'one_line', 'say', 'complain', 'checked_device', 'told', 'record', 'write_results', 'predict_all', 'main']
 
 # %% ../nbs/more/11d_exp_predict.ipynb #9626a434
 import argparse, glob, json, os, sys
@@ -144,6 +144,16 @@ def told(f, top, width):
     words = [[one_line(readable(label)), *([] if p is None else [f'{p:.4f}'])] for label, p in top]
     return '\t'.join([f'{one_line(f):<{width}}', *sum(words, [])])
 
+def record(f, top) -> dict:
+    "The same for `--json`."
+    words = [{'class': l, 'name': readable(l), 'probability': p} for l, p in top]
+    return {'file': f, 'top': words}
+
+def write_results(file, results):
+    "Write `results` as JSON, whole or not at all."
+    text = json.dumps(results, indent=1).encode()
+    write_atomic(file, lambda out: out.write(text))
+
 # %% ../nbs/more/11d_exp_predict.ipynb #e0a34c58
 def predict_all(a, done) -> int:
     """`exp-predict` with the parsed options `a`: a line a file. `done` gets the records. How many
@@ -160,13 +170,10 @@ def predict_all(a, done) -> int:
                 complain(f'{f}: {why}')
                 continue
             top = ranked(learn, pred, a.top)
-            words = [{'class': l, 'name': readable(l), 'probability': p} for l, p in top]
-            done.append({'file': f, 'top': words})
+            done.append(record(f, top))
             say(told(f, top, width), sys.stdout)
     finally:                                                  # after Ctrl-C too: what there is
-        results = {'model': a.model, 'predictions': done, 'failed': lost}
-        text = json.dumps(results, indent=1).encode()
-        if a.json: write_atomic(a.json, lambda out: out.write(text))
+        if a.json: write_results(a.json, {'model': a.model, 'predictions': done, 'failed': lost})
     return len(lost)
 
 # %% ../nbs/more/11d_exp_predict.ipynb #85bb2102
