@@ -24,8 +24,7 @@ from .lr_find import snapshot
 # %% ../nbs/07c_items.ipynb #9bdff810
 def _is_picture(kind): return kind in Image.OPEN and Image.MIME.get(kind, '')[:6] == 'image/'
 
-_kinds = Image.registered_extensions().items()
-image_extensions = frozenset(ending for ending, kind in _kinds if _is_picture(kind))
+image_extensions = frozenset(e for e, k in Image.registered_extensions().items() if _is_picture(k))
 
 def listed(o) -> list:
     "`o` as a list: empty for None; what is no list (a text, a path, a function) as a list of it."
