@@ -150,7 +150,7 @@ def load_opt(opt, model, saved) -> None:
         raise ValueError('the groups of its optimizer hold other parameters')
     _inner(opt).load_state_dict(saved['state'])
 
-# %% ../nbs/09ca_files.ipynb #0f677c7f
+# %% ../nbs/09ca_files.ipynb #5345dafa
 def save(learn, path, opt: bool = True) -> Path:
     "Write the weights, and with `opt` what the optimizer remembers, atomically."
     model = bare(learn.model)
@@ -159,7 +159,7 @@ def save(learn, path, opt: bool = True) -> Path:
     write_file(path, 'weights', state)
     return Path(path).expanduser()
 
-# %% ../nbs/09ca_files.ipynb #a273515a
+# %% ../nbs/09ca_files.ipynb #e8aeb738
 def load(learn, path, opt: bool = True) -> Learner:
     """Take over weights, and with `opt` the optimizer's state where the file has it.
 
