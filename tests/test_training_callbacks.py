@@ -231,7 +231,7 @@ def test_a_run_without_a_number_ends_with_a_word_and_without_a_file(tmp_path):
         learner(stats(), SaveBest()).fit(1)
 
 
-@pytest.mark.parametrize('k', [1, 3])
+@pytest.mark.parametrize('k', [1, 2, 3])
 def test_state_goes_from_one_fit_to_the_next(k, tmp_path):
     "A run broken off after `k` epochs, its state on disk as plain tensors and numbers, stops and ends as the one that nobody touched."
     def run(done=0, *more):
@@ -245,7 +245,7 @@ def test_state_goes_from_one_fit_to_the_next(k, tmp_path):
     torch.save([cb.state_dict() for cb in run(0, At('after_epoch', raises(CancelFitException, lambda run: run.epoch == k - 1), 950))[1:]], tmp_path/'state')
     second, stop2, best2 = run(k)
     assert second.epoch == whole.epoch == 4 and (best2.best, best2.best_epoch, stop2.waited) == (best.best, best.best_epoch, stop.waited)
-    assert flat(whole.model).equal(flat(second.model)) == (k == 3)                        # its best was in the first part
+    assert flat(whole.model).equal(flat(second.model)) == (k > 1)                         # its best was in the first part
 
 
 def test_weights_are_a_copy_also_of_what_is_no_tensor():
