@@ -58,13 +58,16 @@ GOOD = tgz({'imagenette2-160/train/a/1.JPEG': b'1', 'imagenette2-160/val/a/2.JPE
 NETTE = 'imagenette2-160.tgz'
 
 
+def nette(base): return D.untar_data(URLs.IMAGENETTE_160, base=base, quiet=True)
+
+
 def leftovers(folder):
     "Everything in it but folders, locks and the data itself."
     return sorted(p.name for p in Path(folder).rglob('*') if p.is_file() and not p.name.endswith('.lock'))
 
 
 @pytest.fixture
-def server():
+def server(tmp_path):
     "Serves `files`, with ranges; what it does wrong is set from outside."
     s = SimpleNamespace(files={}, asked=[], cut=None, cuts=0, ranges=True, status=None, length='true', drip=0, headers=None)
 
@@ -89,6 +92,7 @@ def server():
     threading.Thread(target=http_server.serve_forever, daemon=True).start()
     s.host = f'127.0.0.1:{http_server.server_port}'
     s.url = f'http://{s.host}'
+    s.get = lambda *args, **kw: D.download(f'{s.url}/b', tmp_path/'b', *args, **kw)
     yield s
     http_server.shutdown(); http_server.server_close()
 
@@ -111,9 +115,9 @@ def offline(monkeypatch):
 @pytest.mark.parametrize('ranges', [True, False])
 def test_cut_in_the_middle_and_gone_on_with(server, tmp_path, ranges):
     server.files, server.cut, server.cuts, server.ranges = {'b': BLOB}, 20_000, 2, ranges
-    with pytest.raises(DataError): D.download(f'{server.url}/b', tmp_path/'b', tries=1)
+    with pytest.raises(DataError): server.get(tries=1)
     assert leftovers(tmp_path) == ['b.part'] and (tmp_path/'b.part').stat().st_size == 20_000
-    assert D.download(f'{server.url}/b', tmp_path/'b', ('sha256', sha(BLOB))).read_bytes() == BLOB
+    assert server.get(('sha256', sha(BLOB))).read_bytes() == BLOB
     assert server.asked == [None, 'bytes=20000-', 'bytes=40000-' if ranges else 'bytes=20000-'] and leftovers(tmp_path) == ['b']
 
 
@@ -141,13 +145,13 @@ def test_a_line_that_breaks_often_ends_at_last(tmp_path):
 
 def test_what_is_whole_is_not_fetched_again(server, tmp_path):
     server.files, digest = {'b': BLOB}, ('sha256', sha(BLOB))
-    for _ in range(2): D.download(f'{server.url}/b', tmp_path/'b', digest)
+    for _ in range(2): server.get(digest)
     assert server.asked == [None]
     (tmp_path/'b').rename(tmp_path/'b.part')                           # killed between the last byte and its name
-    D.download(f'{server.url}/b', tmp_path/'b', digest)
+    server.get(digest)
     assert server.asked == [None] and leftovers(tmp_path) == ['b']
     (tmp_path/'b').write_bytes(BLOB[:-1])                              # with a wrong digest it is
-    assert D.download(f'{server.url}/b', tmp_path/'b', digest).read_bytes() == BLOB
+    assert server.get(digest).read_bytes() == BLOB
     (tmp_path/'c.part').write_bytes(BLOB)                              # whole, but nobody knows: the server says 416
     assert D.download(f'{server.url}/b', tmp_path/'c').read_bytes() == BLOB
 
@@ -155,14 +159,14 @@ def test_what_is_whole_is_not_fetched_again(server, tmp_path):
 def test_a_wrong_digest_throws_the_file_away(server, tmp_path):
     server.files = {'b': BLOB}
     for digest in (('md5', '0'*32), ('sha256', sha(BLOB)[::-1])):
-        with pytest.raises(DataError, match='digest'): D.download(f'{server.url}/b', tmp_path/'b', digest)
+        with pytest.raises(DataError, match='digest'): server.get(digest)
         assert leftovers(tmp_path) == []
 
 
 @pytest.mark.parametrize('status, times', [(404, 1), (503, 3), (500, 3), (429, 3), (408, 3)])
 def test_what_is_asked_again(server, tmp_path, status, times):
     server.status = status
-    with pytest.raises(DataError, match=f'{status}.*no') as e: D.download(f'{server.url}/b', tmp_path/'b', tries=3)
+    with pytest.raises(DataError, match=f'{status}.*no') as e: server.get(tries=3)
     assert len(server.asked) == times and '\x1b' not in str(e.value)   # its phrase cannot write on a terminal
 
 
@@ -175,7 +179,7 @@ def test_a_bad_address_is_a_sentence(tmp_path, url):
 @pytest.mark.parametrize('length', ['many', '-5', '99999999999999'])
 def test_a_bad_header_is_a_sentence(server, tmp_path, length):
     server.files, server.length = {'b': BLOB}, length
-    try: got = D.download(f'{server.url}/b', tmp_path/'b', tries=1)
+    try: got = server.get(tries=1)
     except DataError: return
     assert got.read_bytes() == BLOB
 
@@ -187,7 +191,7 @@ def test_a_server_that_speaks_no_http(tmp_path, answer):
 
 def test_a_server_that_drips_is_given_up(server, tmp_path):
     server.files, server.drip, began = {'b': BLOB}, .05, time.monotonic()
-    with pytest.raises(DataError, match='drip'): D.download(f'{server.url}/b', tmp_path/'b', tries=1, timeout=.2)
+    with pytest.raises(DataError, match='drip'): server.get(tries=1, timeout=.2)
     assert time.monotonic() - began < 10 and (tmp_path/'b.part').stat().st_size > 3          # what came is kept
 
 
@@ -223,7 +227,7 @@ def test_how_far_it_is(server, tmp_path, monkeypatch, tty, length):
     monkeypatch.delenv('EXP_NO_BAR', raising=False); monkeypatch.setattr(D.sys, 'stderr', screen := Screen(tty))
     server.files, server.length = {'b': BLOB*20}, length               # a million bytes, of which 10,000 are lacking
     (tmp_path/'b.part').write_bytes((BLOB*20)[:-10_000])
-    D.download(f'{server.url}/b', tmp_path/'b')
+    server.get()
     said = screen.getvalue()
     assert said.endswith('\n') and said.count('\n') == 1 and '1.0 MB' in said and ('\r' in said) == tty
     assert server.asked == ['bytes=990000-'] and float(said.split(', ')[-1].split()[0]) <= .1        # the speed of this try, which brought little
@@ -234,16 +238,16 @@ def test_how_far_it_is(server, tmp_path, monkeypatch, tty, length):
 
 def test_a_disk_that_is_full_or_will_be(server, tmp_path, monkeypatch):
     server.files = {'b': BLOB, 'x.tgz': tgz({'x/1': bytes(10**6)})}
-    with largest_file(30_000), pytest.raises(DataError): D.download(f'{server.url}/b', tmp_path/'b', tries=1)
+    with largest_file(30_000), pytest.raises(DataError): server.get(tries=1)
     assert not (tmp_path/'b').exists()
     (tmp_path/'x.tgz').write_bytes(server.files['x.tgz'])
     with largest_file(30_000), pytest.raises(DataError): D.unpack(tmp_path/'x.tgz', tmp_path/'x')
     shutil.rmtree(tmp_path); tmp_path.mkdir()
     monkeypatch.setattr(D.shutil, 'disk_usage', lambda p: SimpleNamespace(free=60_000))
-    with pytest.raises(DataError, match='free'): D.download(f'{server.url}/b', tmp_path/'b')          # seen before the first byte
+    with pytest.raises(DataError, match='free'): server.get()          # seen before the first byte
     server.length = None                                               # or else when it is there
     server.files['b'] = BLOB*2
-    with pytest.raises(DataError, match='free'): D.download(f'{server.url}/b', tmp_path/'b')
+    with pytest.raises(DataError, match='free'): server.get()
     (tmp_path/'x.tgz').write_bytes(tgz({'x/1': bytes(40_000), 'x/2': bytes(40_000)}))
     with pytest.raises(DataError, match='free'): D.unpack(tmp_path/'x.tgz', tmp_path/'x')
     assert not (tmp_path/'x').exists()
@@ -319,7 +323,7 @@ def test_a_broken_archive_of_a_mirror_or_with_a_password(tmp_path, monkeypatch, 
     locked[6] |= 1; locked[locked.find(b'PK\1\2') + 8] |= 1                  # the bit that says: encrypted, in both places
     for data, why in ((locked, 'encrypted'), (GOOD[:80], '')):
         monkeypatch.setenv('EXP_MIRROR', str(make_mirror(tmp_path/'mirror', data)))
-        with pytest.raises(DataError, match=f'{NETTE}.*{why}'): D.untar_data(URLs.IMAGENETTE_160, base=tmp_path/'data', quiet=True)
+        with pytest.raises(DataError, match=f'{NETTE}.*{why}'): nette(tmp_path/'data')
         assert leftovers(tmp_path/'data') == []
 
 
@@ -336,10 +340,10 @@ def test_a_mirror_is_a_folder_or_an_address(tmp_path, monkeypatch, server, offli
     assert D.unzip_data is D.untar_data
     for i, where in enumerate([str(m), server.url, f'{server.url}/', f'{m}/', '~/mirror']):
         monkeypatch.setenv('EXP_MIRROR', where); monkeypatch.setenv('HOME', str(tmp_path))
-        got = D.untar_data(URLs.IMAGENETTE_160, base=tmp_path/f'{i}/data', quiet=True)
+        got = nette(tmp_path/f'{i}/data')
         assert got == tmp_path/f'{i}/data/imagenette2-160' and got.stat().st_mode & 0o777 == 0o755
         assert leftovers(tmp_path/f'{i}') == ['.origin.json', '1.JPEG', '2.JPEG'] and [p.name for p in (tmp_path/f'{i}').iterdir()] == ['data']
-        assert D.untar_data(URLs.IMAGENETTE_160, base=f'~/{i}/data') == got      # found, and ~ is nobody's folder
+        assert nette(f'~/{i}/data') == got      # found, and ~ is nobody's folder
     assert len(server.asked) == 4 and leftovers(m) == ['SHA256SUMS', NETTE]
 
 
@@ -347,10 +351,10 @@ def test_a_mirror_is_a_folder_or_an_address(tmp_path, monkeypatch, server, offli
 def test_lists_from_many_hands(tmp_path, monkeypatch, offline, line):
     m = make_mirror(tmp_path/'mirror', line=line)
     monkeypatch.setenv('EXP_MIRROR', str(m))
-    assert D.untar_data(URLs.IMAGENETTE_160, base=tmp_path/'1', quiet=True).exists()
+    assert nette(tmp_path/'1').exists()
     raw = (m/'SHA256SUMS').read_text('utf-8')
     (m/'SHA256SUMS').write_bytes(raw.replace(sha(GOOD), sha(GOOD).upper()).encode('latin-1', 'replace') + b'\n' + bytes(range(256)))
-    if '\ufeff' not in line: assert D.untar_data(URLs.IMAGENETTE_160, base=tmp_path/'2', quiet=True).exists()
+    if '\ufeff' not in line: assert nette(tmp_path/'2').exists()
 
 
 FAULTS = {'digest': f'{"0"*64}  {NETTE}', 'unlisted': '', 'another': f'{sha(GOOD)}  not-{NETTE}', 'no hex': f'{"x"*64}  {NETTE}', 'short': f'{sha(GOOD)[:63]}  {NETTE}',
@@ -393,7 +397,7 @@ def test_a_download_that_broke_off_waits_for_the_next_call(tmp_path, server):
     assert leftovers(tmp_path) == ['.origin.json', '1']
 
 
-def _get(base, q): q.put(str(D.untar_data(URLs.IMAGENETTE_160, base=base)))
+def _get(base, q): q.put(str(nette(base)))
 
 
 def test_two_processes_at_once(tmp_path, monkeypatch):
@@ -413,7 +417,7 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path, monkeypatch, at):
             f"def kill(*a, **kw): os.kill(os.getpid(), signal.SIGKILL)\nD.{at} = kill\nD.untar_data(D.URLs.IMAGENETTE_160, base={str(tmp_path/'data')!r})")
     assert python('-c', code, env={**os.environ, 'PYTHONPATH': str(ROOT)}).returncode == -9
     assert not (tmp_path/'data/imagenette2-160').exists()
-    D.untar_data(URLs.IMAGENETTE_160, base=tmp_path/'data', quiet=True)
+    nette(tmp_path/'data')
     assert [p.name for p in (tmp_path/'data').iterdir() if p.suffix != '.lock'] == ['imagenette2-160']
 
 
