@@ -43,7 +43,7 @@ def report_lost():
                           'time. Its own output says why; the same command goes on from the last '
                           f'checkpoint. ({said[:150]})') from e
 
-# %% ../nbs/more/10g_fault_tolerance.ipynb #49153e77
+# %% ../nbs/more/10g_fault_tolerance.ipynb #15898f6b
 def no_launch_because(f) -> str:
     "Why a new process could not find the function `f`, in words; '' where it can."
     name, in_notebook = getattr(f, '__name__', f), not hasattr(sys.modules['__main__'], '__file__')
@@ -61,6 +61,7 @@ def in_group(f, timeout, threads, *args):
 
 _SIGNALS = 'SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT'
 
+# %% ../nbs/more/10g_fault_tolerance.ipynb #49153e77
 def launch(f, n: int, *args, timeout: float = 600., threads: int = 1, max_restarts=0) -> list:
     """`f(*args)` in `n` new processes that form a group, as `torchrun` does it; what they return.
 
@@ -137,7 +138,7 @@ class CutBatches:
             rows = list(self.part(range(batch_len(*whole))))
             if rows: yield take_rows(b, rows)
 
-# %% ../nbs/more/10g_fault_tolerance.ipynb #6dffbace
+# %% ../nbs/more/10g_fault_tolerance.ipynb #52792cc1
 def share_loader(dl, part):
     "A loader of the `part(indices)` of each batch of `dl`."
     batches = getattr(dl, 'batch_sampler', None)
@@ -151,6 +152,7 @@ def share_loader(dl, part):
     vars(mine).update(new, _iterator=None)
     return mine
 
+# %% ../nbs/more/10g_fault_tolerance.ipynb #6dffbace
 def share_any(data, rank: int, world: int):
     """For `Distributed(loaders=share_any)`: each process loads its own rows only, by torch's
     `DataLoader` and `ItemLoader` (08b); batches of other loaders are made whole, then cut."""

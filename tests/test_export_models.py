@@ -179,7 +179,7 @@ def test_no_constructor_runs_and_no_table_is_set(tmp_path):
 
 
 @pytest.mark.parametrize('bad', [{'layers': {'object': 'torch.nn.Linear'}}, {'layers': 3}, {'layers': None}, {'data': {}}, {'data': 'x'}, {'cbs': None}, {'cbs': [3]}, {'cbs': 'abc'},
-                                 {'layers': {'object': 'exp.data_block.make_rgb', 'vars': {}}}, {'layers': {'object': 'torch.nn.Linear', 'vars': 5}},
+                                 {'c_in': 'x'}, {'layers': {'object': 'exp.data_block.make_rgb', 'vars': {}}}, {'layers': {'object': 'torch.nn.Linear', 'vars': 5}},
                                  {'layers': {'dict': []}}, {'layers': {'name': 'torch.nn.Linear'}}, {'kind': 'weights'}], ids=str)
 def test_broken_descriptions_end_in_a_sentence(bad, tmp_path):
     d = torch.load(export(learner(tmp_path), tmp_path/'e.pt'), weights_only=True)
