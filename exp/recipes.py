@@ -122,13 +122,21 @@ OPTS = dict(sgd=sgd_opt, momentum=sgd_mom_opt, adam=adam_opt(), lamb=lamb, lars=
 LRS = dict(sgd=.3, momentum=.1, adam=.01, lamb=.02, lars=2., ranger=8e-3)    # where none is given
 
 # %% ../nbs/more/11e_recipes.ipynb #cddef0b7
-def lesson_cycle(lr): return combine_scheds([.3, .7], cos_1cycle_anneal(lr/3, lr, lr/6))
-def flat_cos(lr): return combine_scheds([.72, .28], [sched_no(lr, lr), sched_cos(lr, lr/1000)])
+def lesson_cycle(lr):
+    "Three tenths of the training up from `lr/3`, the rest down to `lr/6`."
+    return combine_scheds([.3, .7], cos_1cycle_anneal(lr/3, lr, lr/6))
+
+def flat_cos(lr):
+    "Level for 72 % of the training, then a cosine down to a thousandth."
+    return combine_scheds([.72, .28], [sched_no(lr, lr), sched_cos(lr, lr/1000)])
 
 SCHEDS = dict(lesson=lesson_cycle, cycle=one_cycle, flat=flat_cos)
 
 # %% ../nbs/more/11e_recipes.ipynb #0189eddd
-def flip(r): return [BatchAugment(RandomFlip(), seed=r.seed)]
+def flip(r):
+    "Every second picture mirrored, by chance."
+    return [BatchAugment(RandomFlip(), seed=r.seed)]
+
 def strong(r):
     "Crops, mirrored, turned by up to 10 degrees, and in other colours."
     turn, colour = RandomAffine(rotate=10., zoom=(1., 1.)), RandomColor(.3, .3, .3)

@@ -18,8 +18,13 @@ from .callbacks import BatchTransformXCallback, Callback
 from .items import same_draws, show_images, step_name, to_byte_tensor, to_float_tensor
 
 # %% ../nbs/10_transforms.ipynb #1a215a3c
-def uniform(n, generator=None): return torch.rand(n, generator=generator, dtype=torch.float64)
-def between(u, lo, hi): return lo + u*(hi - lo)
+def uniform(n, generator=None):
+    "`n` draws from 0 to 1."
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+def between(u, lo, hi):
+    "Draws `u` from 0 to 1, spread from `lo` to `hi`."
+    return lo + u*(hi - lo)
 
 class RandomTransform:
     """Base of transforms that draw: with probability `p` an item goes through `apply`, else it
