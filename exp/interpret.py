@@ -169,9 +169,10 @@ def plot_reliability(cal, title=''):
     ax.set(title=f'{title} ECE {cal.ece:.3f}', xlabel='confidence', ylabel='share right')
     return fig
 
-# %% ../nbs/11a_interpret.ipynb #7beb283a
+# %% ../nbs/11a_interpret.ipynb #4e59d25a
 CAM = namedtuple('CAM', 'map cls name score')
 
+# %% ../nbs/11a_interpret.ipynb #7beb283a
 def cam(learn, x, cls=None, layer=None) -> CAM:
     """Where the evidence for class `cls` (index or name; default: the predicted one) lies in `x`,
     a file, a PIL image or a tensor (C, H, W): a map (H', W') over the places of `layer`, a module
@@ -184,8 +185,7 @@ def cam(learn, x, cls=None, layer=None) -> CAM:
     layers = bare(learn.model).modules() if layer is None else [layer]
     if isinstance(layer, str): layers = [bare(learn.model).get_submodule(layer)]
     def cut(hook, mod, inp, out):
-        is_map = torch.is_tensor(out) and out.dim() == 4 and out[0, 0].numel() > 1
-        if not is_map: return
+        if not (torch.is_tensor(out) and out.dim() == 4 and out[0, 0].numel() > 1): return
         torch.set_grad_enabled(True)                          # until the end of this pass
         maps.append(out.detach().requires_grad_())
         return maps[-1].clone()
