@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Calibration', 'CAM', 'plot_matrix', 'loss_of_each', 'behind', 'output_names', 'Interpretation', 'measure_calibration',
-           'plot_reliability', 'cam', 'overlay', 'show_cam']
+           'plot_reliability', 'layers_of', 'is_map', 'cam', 'overlay', 'show_cam']
 
 # %% ../nbs/11a_interpret.ipynb #c01328ba
 from collections import namedtuple
@@ -172,6 +172,15 @@ def plot_reliability(cal, title=''):
 # %% ../nbs/11a_interpret.ipynb #4e59d25a
 CAM = namedtuple('CAM', 'map cls name score')
 
+def layers_of(net, layer) -> list:
+    "The layers of `net` that may give the map: `layer`, a module or its name, or all for None."
+    if layer is None: return [*net.modules()]
+    return [net.get_submodule(layer) if isinstance(layer, str) else layer]
+
+def is_map(out) -> bool:
+    "Whether `out` is (N, K, H, W), of more than one place."
+    return torch.is_tensor(out) and out.dim() == 4 and out[0, 0].numel() > 1
+
 # %% ../nbs/11a_interpret.ipynb #7beb283a
 def cam(learn, x, cls=None, layer=None) -> CAM:
     """Where the evidence for class `cls` (index or name; default: the predicted one) lies in `x`,
@@ -182,10 +191,8 @@ def cam(learn, x, cls=None, layer=None) -> CAM:
     Zhou et al. 2016 (arXiv 1512.04150). Else H'·W' times eq. 1–2, before the ReLU, of Selvaraju
     et al. 2017 (arXiv 1610.02391)."""
     xb, maps, found = (x if torch.is_tensor(x) else learn.data.item(x))[None], [], []
-    layers = bare(learn.model).modules() if layer is None else [layer]
-    if isinstance(layer, str): layers = [bare(learn.model).get_submodule(layer)]
     def cut(hook, mod, inp, out):
-        if not (torch.is_tensor(out) and out.dim() == 4 and out[0, 0].numel() > 1): return
+        if not is_map(out): return
         torch.set_grad_enabled(True)                          # until the end of this pass
         maps.append(out.detach().requires_grad_())
         return maps[-1].clone()
@@ -193,12 +200,11 @@ def cam(learn, x, cls=None, layer=None) -> CAM:
         if not maps: raise ValueError('no map (N, K, H, W) of more than one place')
         names = output_names(getattr(learn.data, 'classes', None), learn.pred)
         c = names.index(readable(cls)) if isinstance(cls, str) else cls
-        if c is None: c = learn.pred.argmax().item()
+        c = learn.pred.argmax().item() if c is None else c
         g, = torch.autograd.grad(learn.pred[0, c], maps[-1])  # no parameter's .grad is touched
-        weights, m = g.sum((2, 3), keepdim=True), maps[-1].detach()            # (1, K, 1, 1)
-        m = (weights*m).sum(1)[0].float().cpu()
+        m = (g.sum((2, 3), keepdim=True)*maps[-1].detach()).sum(1)[0].float().cpu()
         found.append(CAM(m, c, names[c], learn.pred[0, c].item()))
-    with learn.untouched(weights=False), Hooks(layers, cut):
+    with learn.untouched(weights=False), Hooks(layers_of(bare(learn.model), layer), cut):
         learn.loss_func = lambda pred, yb: torch.zeros(())    # there is no target
         learn.look([xb], explain)
     return found[0]
