@@ -87,7 +87,8 @@ class Resize:
 
 # %% ../nbs/10_transforms.ipynb #530f324c
 class GeneralCrop:
-    """A box out of the middle of a PIL image, resized to `size`: a number, or (width, height).
+    """A box out of the middle of a PIL image, resized to `size`: a number, or (width, height); a
+    box of another shape is squashed.
 
     `crop_size`: the box, in pixels (default: the largest of the shape of `size`)."""
     _order = 10
