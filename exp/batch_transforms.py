@@ -13,7 +13,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .transforms import CORNERS, PerSample, as_dtype, between, homography, tilted, uniform
+from .transforms import (CORNERS, PerSample, as_dtype, between, homography, tilted, uniform,
+                            within)
 
 # %% ../nbs/more/10a_batch_transforms.ipynb #01d4ae37
 def move_points(pts, mats, size) -> torch.Tensor:
@@ -136,8 +137,7 @@ class RandomPerspective(PerSample):
     (a share of the side, below ½), with probability `p`."""
     def __init__(self, magnitude=.2, p=.75):
         super().__init__(p)
-        if not 0 <= magnitude < .5: raise ValueError(f'magnitude {magnitude}: it is below 0.5')
-        self.magnitude = magnitude
+        self.magnitude = within('magnitude', magnitude, 0, .499)
     def mats(self, shape):
         n, half = shape[0], torch.tensor([shape[3]/2, shape[2]/2]).double()
         hit = self.hit(n)
@@ -153,8 +153,9 @@ class RandomColor(PerSample):
     its hue by up to `hue` of the colour wheel, with probability `p`. None or 0: not drawn."""
     def __init__(self, brightness=.2, contrast=.2, saturation=None, hue=None, p=.75):
         super().__init__(p)
-        self.most = dict(brightness=brightness, contrast=contrast, saturation=saturation)
-        self.hue = hue
+        most = dict(brightness=brightness, contrast=contrast, saturation=saturation)
+        self.most = {k: within(k, x or 0, 0, 100) for k, x in most.items()}
+        self.hue = within('hue', hue or 0, 0, .5)
     def color(self, shape):
         n, out, hit = shape[0], {}, self.hit(shape[0])
         for k, x in self.most.items():
@@ -182,7 +183,8 @@ class RandomErasing(PerSample):
     first that fits is painted. Source: Zhong et al. 2017 (arXiv 1708.04896)."""
     def __init__(self, p=.5, scale=(.02, .33), ratio=(.3, 3.3), value=None):
         super().__init__(p)
-        self.scale, self.ratio, self.value = scale, ratio, value
+        self.scale, self.ratio = within('scale', scale, 0, 1), within('ratio', ratio, .01, 100)
+        self.value = value if value is None else within('value', value, 0, 1)
     def draw(self, size):
         n, c, H, W = size
         patches, g = [], self.generator
@@ -203,7 +205,7 @@ class RandomErasing(PerSample):
 # %% ../nbs/more/10a_batch_transforms.ipynb #dc8e1723
 class Draw:
     """What one draw does to a batch of `shape` (N, C, H, W): `draw(xb)` to pictures (bytes, or
-    floats 0–1), `points` and `boxes` to coordinates."""
+    floats 0–1), `points` and `boxes` to coordinates, `masks` to classes (N, H, W) of pixels."""
     def __init__(self, shape, mats, color=(), paint=(), mode='bilinear', padding='reflection'):
         self.shape, self.mats, self.color, self.paint = shape, mats, color, paint
         self.mode, self.padding = mode, padding
@@ -214,6 +216,7 @@ class Draw:
         return out
     def points(self, pts): return move_points(pts, self.mats, self.shape[2:])
     def boxes(self, boxes): return move_boxes(boxes, self.mats, self.shape[2:])
+    def masks(self, m): return warp(m[:, None], self.mats, 'nearest', self.padding)[:, 0]
 
 class Augment:
     """Transforms of batches as one, drawn anew for each picture: `augment(xb)`; or in two steps,

@@ -128,7 +128,7 @@ class Distributed(Callback):
         def writes(cb): return getattr(cb, '_first_only', isinstance(cb, ProgressCallback))
         run.remove_cbs([cb for cb in run.cbs if self.rank and writes(cb)])
         run.add_cbs(CallDDP(self.wrap))
-        done = hearing[:hearing.index(self.begin_fit) + 1]
+        done = hearing[:hearing.index(self.begin_fit) + 1]   # those who left hear nothing more
         hearing[:] = done + [f for f in run.calls['begin_fit'] if f not in done]
 
     def begin_epoch(self, run):
@@ -157,7 +157,7 @@ class Distributed(Callback):
         dist.all_reduce(sums)
         total, run.rows = sums
         mine = run.loss*(n*self.world/run.rows)                 # DDP divides by `world`
-        run.loss = mine - mine.detach() + total/run.rows
+        run.loss = mine - mine.detach() + total/run.rows        # its gradient is that of `mine`
 
     def begin_validate(self, run):
         if self.world > 1: average_buffers(run.model)

@@ -29,7 +29,8 @@ _LOST = ('connection closed', 'connection reset', 'connection refused', 'broken 
 
 @contextmanager
 def report_lost():
-    """Inside, what the network says of a process that is gone is raised as `ProcessLost`.
+    """Inside, what the network says of a process that is gone is raised as `ProcessLost`: any
+    `RuntimeError` of a lost connection or of time that ran out, even of a download.
 
     To be put around `process_group`: `with report_lost(), process_group(timeout=120):`."""
     rank = os.environ.get('RANK', '0')
@@ -102,7 +103,8 @@ class SharedCheckpoint(Checkpoint):
 def any_process(flag) -> bool:
     "Whether `flag` is true in one of the processes: the same answer in all, which must all ask."
     if rank_and_size()[1] == 1: return bool(flag)
-    said = torch.tensor([int(flag)])
+    where = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
+    said = torch.tensor([int(flag)], device=where)
     dist.all_reduce(said, dist.ReduceOp.MAX)
     return said.item() > 0
 
@@ -178,7 +180,7 @@ def _forward(m, x):
     "Batch norm of (N, C, …) over all processes: mean and variance of all rows."
     if not m.training or rank_and_size()[1] == 1: return type(m).forward(m, x)
     dims, shape = [0, *range(2, x.dim())], (1, -1, *[1]*(x.dim() - 2))
-    n = _Sum.apply(torch.tensor(x.numel()/x.shape[1], dtype=torch.float64))
+    n = _Sum.apply(torch.tensor(x.numel()/x.shape[1], dtype=torch.float64, device=x.device))
     n = n.to(x)
     mean = _Sum.apply(x.sum(dims))/n
     off = x - mean.view(shape)

@@ -97,8 +97,9 @@ class MixedPrecision(Callback):
         self.scale, self.lived = self.scale/2, 0
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row == self.patience:
-            raise FloatingPointError(f'{self.patience} steps in a row had infinite gradients, at a '
-                                     f'loss of {run.loss.item():.4g}: bfloat16, or a lower rate?')
+            raise FloatingPointError(f'{self.patience} steps in a row had gradients that are not '
+                                     f'finite, at a loss of {run.loss.item():.4g}: if that is '
+                                     'finite, bfloat16 may help; else a lower rate')
         for p in ps: p.grad = None                                  # without them nothing is done
         if isinstance(run, Learner): raise CancelStepException
 

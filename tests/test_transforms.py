@@ -197,7 +197,7 @@ def test_random_crops_are_torchvisions_resized_crops(w, h, c, dtype, size, seed)
     x, crop = smooth(3, c, h, w, seed, dtype), seeded(RandomResizedCrop(size, .35), seed)
     boxes = [crop.get_corners(w, h) for _ in x]
     ref = torch.stack([TF.resized_crop(o, t, l, b - t, r - l, [size, size], antialias=True) for o, (l, t, r, b) in zip(x, boxes)])
-    run = SimpleNamespace(in_train=True, xb=x, epoch=0, n_epochs=1)
+    run = SimpleNamespace(in_train=True, xb=x, yb=None, epoch=0, n_epochs=1)
     BatchCrop(size, seed=seed).begin_batch(run)
     assert run.xb.dtype == dtype and run.xb.shape == (3, c, size, size) and gap(run.xb, ref).max() <= 1
     assert dtype != torch.uint8 or (crop_batch(x.float(), boxes, size) - run.xb).abs().max() <= 1.05    # what a GPU computes for bytes
@@ -235,6 +235,8 @@ def test_a_tilted_crop_is_what_its_corners_say():
     assert np.abs(ints(seeded(tilt, 5)(im)) - ref.permute(1, 2, 0).numpy())[1:-1, 1:-1].max() <= 1.01
     big, fine = Image.effect_noise((400, 400), 99), PilTiltRandomCrop(40, crop_size=400, magnitude=0)
     assert ints(fine(big)).std() < 15 < ints(big).std()/2                                     # shrunk by averaging, not by leaving out
+    wide = PilTiltRandomCrop((40, 400), crop_size=400, magnitude=0)
+    assert ints(wide(big)).std() < 40                                                         # each side by its own share
 
 
 @pytest.mark.parametrize('magnitude', [.2, .5])
@@ -473,11 +475,25 @@ def test_every_transform_shows_itself(tfm):
     plt.close('all')
 
 
-@pytest.mark.parametrize('make,said', [
-    (lambda: PilRandomFlip(1.5), '1.5'), (lambda: RandomAffine(p=-1), '-1'), (lambda: RandomResizedCrop(8, 35), '35'), (lambda: BatchCrop(8, scale=0), '0'),
-    (lambda: PilTiltRandomCrop(8, magnitude=.6), '0.6'), (lambda: RandomPerspective(.5), '0.5')])
-def test_shares_that_are_none(make, said):
-    with pytest.raises(ValueError, match=said): make()
+@pytest.mark.parametrize('make', [
+    lambda: PilRandomFlip(1.5), lambda: RandomAffine(p=-1), lambda: RandomResizedCrop(8, 35), lambda: RandomResizedCrop(8, ratio=(2, 1)),
+    lambda: BatchCrop(8, scale=0), lambda: PilTiltRandomCrop(8, magnitude=.6), lambda: RandomPerspective(.5), lambda: RandomAffine(translate=2.),
+    lambda: RandomAffine(zoom=(2, 1)), lambda: RandomAffine(zoom=0), lambda: RandomAffine(shear=90), lambda: RandomAffine(rotate=math.nan),
+    lambda: RandomColor(hue=.6), lambda: RandomColor(contrast=-.1), lambda: RandomErasing(scale=(-1, 2)), lambda: RandomErasing(ratio=(0, 1)),
+    lambda: RandomErasing(value=255)])
+def test_what_lies_out_of_its_range(make):
+    with pytest.raises(ValueError, match=' is from '): make()
+
+
+def test_masks_do_not_stay_behind():
+    x, y = smooth(4, 3, 16, 16), torch.randint(0, 5, (4, 16, 16), generator=gen())
+    for move in (BatchAugment(RandomFlip(1.)), BatchAugment(Augment(RandomDihedral())), BatchCrop(16)):
+        with pytest.raises(TypeError, match='targets'): move.begin_batch(SimpleNamespace(in_train=True, xb=x, yb=y, epoch=0, n_epochs=1))
+    BatchAugment(RandomColor()).begin_batch(SimpleNamespace(in_train=True, xb=x, yb=y))
+    draw = seeded(Augment(RandomFlip(1.), RandomColor())).draw(x.shape)
+    assert draw.masks(y).equal(y.flip(2)) and draw.masks(y).dtype == y.dtype
+    turned = Draw(x.shape, affine_mats(torch.full((4,), 20.)))
+    assert set(turned.masks(y).unique().tolist()) <= set(range(5)) and not turned.masks(y).equal(y)
 
 
 def test_what_an_augment_refuses():
