@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'NO_PASS', 'Callback', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'check_events',
-           'Runner', 'get_runner', 'AvgStatsCallback', 'default_device', 'to_device', 'CudaCallback',
+           'in_mode', 'Runner', 'get_runner', 'AvgStatsCallback', 'default_device', 'to_device', 'CudaCallback',
            'BatchTransformXCallback', 'get_hypers', 'Recorder', 'AvgStats', 'DataBunch', 'Dataset', 'accuracy',
-           'batch_len', 'binary_accuracy', 'column_names', 'get_dls', 'metric_name', 'over_the_whole']
+           'batch_len', 'binary_accuracy', 'column_names', 'get_dls', 'metric_name', 'over_the_whole', 'split_batch']
 
-# %% ../nbs/04_callbacks.ipynb #8488eeba
+# %% ../nbs/04_callbacks.ipynb #568b7d40
 import copy, difflib, numbers, re, time
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-# %% ../nbs/04_callbacks.ipynb #9fe9db35
+# %% ../nbs/04_callbacks.ipynb #99a07290
 from .minibatch import batch_len, binary_accuracy, metric_name    # noqa: F401
 from .minibatch import AvgStats, DataBunch, Dataset, accuracy, column_names, get_dls
-from .minibatch import over_the_whole
+from .minibatch import over_the_whole, split_batch
 
 _all_ = ['AvgStats', 'DataBunch', 'Dataset', 'accuracy', 'batch_len', 'binary_accuracy',
-         'column_names', 'get_dls', 'metric_name', 'over_the_whole']   # from here, too
+         'column_names', 'get_dls', 'metric_name', 'over_the_whole', 'split_batch']   # from here, too
 
 # %% ../nbs/04_callbacks.ipynb #025b35d4
 EVENTS = ('begin_fit', 'begin_epoch', 'begin_validate', 'begin_batch', 'after_pred', 'after_loss',
@@ -50,7 +52,25 @@ def check_events(cb):
         raise AttributeError(f'{type(cb).__name__}.{name} is no event: {hint}')
     return cb
 
-# %% ../nbs/04_callbacks.ipynb #b6e09749
+# %% ../nbs/04_callbacks.ipynb #88737b00
+def _frozen(m):
+    "Whether `m` measures (it has buffers, as batch norm does) and has weights, none of which train."
+    measures = [*m.buffers(recurse=False)]
+    weights = [*m.parameters(recurse=False)] if measures else []
+    return bool(weights) and not any(p.requires_grad for p in weights)
+
+@contextmanager
+def in_mode(model, train):
+    """Training (but for parts that evaluate already, or are frozen and measure) or evaluation mode,
+    for a `with` block; at its end every module is in the mode it was in before."""
+    before = [(m, m.training) for m in model.modules()]
+    if not (train and model.training): model.train(train)
+    for m, _ in before: m.training = m.training and not _frozen(m)
+    try: yield
+    finally:
+        for m, mode in before: m.training = mode
+
+# %% ../nbs/04_callbacks.ipynb #62a0f1a3
 class Runner:
     """Fits `model` to `data` (a `DataBunch`) with `loss_func(pred, yb)` and an optimizer `opt`.
 
@@ -90,11 +110,10 @@ class Runner:
     def all_batches(self, dl, train):
         "One pass over `dl`, training or not."
         self.dl, self.in_train, self.iters = dl, train, len(dl)
-        self.model.train(train)
         try:
-            with torch.set_grad_enabled(train):
+            with in_mode(self.model, train), torch.set_grad_enabled(train):
                 if not train: self('begin_validate')
-                for i, (xb, yb) in enumerate(dl): self.one_batch(i, xb, yb)
+                for i, b in enumerate(dl): self.one_batch(i, *split_batch(b))
         except CancelEpochException:
             self.opt.zero_grad()
             self('after_cancel_epoch')
@@ -175,7 +194,7 @@ class AvgStatsCallback(Callback):
         self.rows = [{k: NO_PASS if v is None else v for k, v in r.items()} for r in sd['rows']]
         for t, s in self.stats.items(): s.load_state_dict(sd['stats'][t])
 
-# %% ../nbs/04_callbacks.ipynb #9d806066
+# %% ../nbs/04_callbacks.ipynb #7d5d2f20
 def default_device():
     "The best device there is: CUDA, else MPS, else CPU. Only this call touches the GPU."
     if torch.cuda.is_available(): return torch.device('cuda')
@@ -188,12 +207,15 @@ def to_device(b, device):
     return type(b)(to_device(v, device) for v in b) if type(b) in (tuple, list) else b
 
 class CudaCallback(Callback):
-    "Moves model and batches to `device` (default: the best there is)."
+    "Moves model, loss and batches to `device` (default: the best there is)."
     _order = -10
     def __init__(self, device=None):
         self.device = default_device() if device is None else torch.device(device)
     def begin_fit(self, run):
         run.model.to(self.device)
+        loss = run.loss_func                                        # a module, or a `partial`
+        if isinstance(loss, nn.Module): loss.to(self.device)
+        if hasattr(loss, 'keywords'): loss.keywords.update(to_device(loss.keywords, self.device))
         for s in run.opt.state.values():
             for k, v in s.items():
                 if torch.is_tensor(v) and v.dim(): s[k] = v.to(self.device)
