@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# %% ../nbs/04_callbacks.ipynb #99a07290
+# %% ../nbs/04_callbacks.ipynb #5dbd0116
 from .minibatch import batch_len, binary_accuracy, metric_name    # noqa: F401
 from .minibatch import AvgStats, DataBunch, Dataset, accuracy, column_names, get_dls
 from .minibatch import over_the_whole, split_batch
 
 _all_ = ['AvgStats', 'DataBunch', 'Dataset', 'accuracy', 'batch_len', 'binary_accuracy',
-         'column_names', 'get_dls', 'metric_name', 'over_the_whole', 'split_batch']   # from here, too
+         'column_names', 'get_dls', 'metric_name', 'over_the_whole', 'split_batch']  # also here
 
 # %% ../nbs/04_callbacks.ipynb #025b35d4
 EVENTS = ('begin_fit', 'begin_epoch', 'begin_validate', 'begin_batch', 'after_pred', 'after_loss',
@@ -52,17 +52,16 @@ def check_events(cb):
         raise AttributeError(f'{type(cb).__name__}.{name} is no event: {hint}')
     return cb
 
-# %% ../nbs/04_callbacks.ipynb #88737b00
+# %% ../nbs/04_callbacks.ipynb #b0fbf84e
 def _frozen(m):
-    "Whether `m` measures (it has buffers, as batch norm does) and has weights, none of which train."
-    measures = [*m.buffers(recurse=False)]
-    weights = [*m.parameters(recurse=False)] if measures else []
-    return bool(weights) and not any(p.requires_grad for p in weights)
+    "Whether `m` measures (it has buffers, as batch norm) and has weights, none of which train."
+    trains = [p.requires_grad for p in m.parameters(recurse=False)]
+    return bool(trains and [*m.buffers(recurse=False)]) and not any(trains)
 
 @contextmanager
 def in_mode(model, train):
-    """Training (but for parts that evaluate already, or are frozen and measure) or evaluation mode,
-    for a `with` block; at its end every module is in the mode it was in before."""
+    """Training mode (not of parts that evaluate already, or measure and are frozen) or evaluation
+    mode for a `with` block; at its end every module is in the mode it was in before."""
     before = [(m, m.training) for m in model.modules()]
     if not (train and model.training): model.train(train)
     for m, _ in before: m.training = m.training and not _frozen(m)
@@ -140,7 +139,7 @@ def get_runner(model, data, lr, cbs=(), opt_func=torch.optim.SGD, loss_func=F.cr
     "A `Runner` on `model` with `opt_func(model.parameters(), lr=lr)`."
     return Runner(model, data, loss_func, opt_func(model.parameters(), lr=lr), cbs)
 
-# %% ../nbs/04_callbacks.ipynb #57c2f4d8
+# %% ../nbs/04_callbacks.ipynb #1a192cd7
 NO_PASS = float('nan')                      # of a pass that did not take place: known by `is`
 
 class AvgStatsCallback(Callback):
@@ -181,17 +180,20 @@ class AvgStatsCallback(Callback):
         return '  '.join(f'{show(k, v):>{max(8, len(k))}}' for k, v in row.items())
 
     def state_dict(self):
-        "Columns, rows, and the state of the epoch under way."
-        stats = {t: s.state_dict() for t, s in self.stats.items()}
-        rows = [{k: None if v is NO_PASS else v for k, v in r.items()} for r in self.rows]
-        return {'heads': self.heads, 'rows': rows, 'stats': stats}
+        "The columns, as tensors where they are numbers, and the state of the epoch under way."
+        columns = {h: [None if r[h] is NO_PASS else r[h] for r in self.rows] for h in self.heads}
+        packed = {h: torch.tensor(c, dtype=torch.float64) if {*map(type, c)} == {float} else c
+                  for h, c in columns.items()}
+        return {'columns': packed, 'stats': {t: s.state_dict() for t, s in self.stats.items()}}
 
     def load_state_dict(self, sd):
         "The way back. Raises `ValueError` where the columns were others."
-        if sd['heads'] != self.heads or any([*r] != self.heads for r in sd['rows']):
-            was, now = ', '.join(sd['heads']), ', '.join(self.heads)
+        if [*sd['columns']] != self.heads:
+            was, now = ', '.join(sd['columns']), ', '.join(self.heads)
             raise ValueError(f'the table was {was} and is {now} now')
-        self.rows = [{k: NO_PASS if v is None else v for k, v in r.items()} for r in sd['rows']]
+        columns = [c.tolist() if torch.is_tensor(c) else c for c in sd['columns'].values()]
+        rows = [[NO_PASS if v is None else v for v in r] for r in zip(*columns, strict=True)]
+        self.rows = [dict(zip(self.heads, r)) for r in rows]
         for t, s in self.stats.items(): s.load_state_dict(sd['stats'][t])
 
 # %% ../nbs/04_callbacks.ipynb #7d5d2f20
@@ -228,7 +230,7 @@ class BatchTransformXCallback(Callback):
     def __init__(self, tfm): self.tfm = tfm
     def begin_batch(self, run): run.xb = self.tfm(run.xb)
 
-# %% ../nbs/04_callbacks.ipynb #c8a3a3ae
+# %% ../nbs/04_callbacks.ipynb #1ba42842
 def get_hypers(opt):
     "One dictionary of hyper-parameters a parameter group: `opt.hypers`, else `opt.param_groups`."
     return getattr(opt, 'hypers', None) or opt.param_groups
@@ -236,8 +238,7 @@ def get_hypers(opt):
 class Recorder(Callback):
     "Training loss and hyper-parameters of `opt`'s last group after every batch, over all fits."
     _order = 20
-    def begin_fit(self, run):
-        if not hasattr(self, 'raw'): self.raw, self.hypers = [], {}
+    def __init__(self): self.raw, self.packed, self.hypers = [], torch.empty(0), {}
 
     def after_batch(self, run):
         if not run.in_train: return
@@ -246,10 +247,14 @@ class Recorder(Callback):
             real = isinstance(v, numbers.Real) and not isinstance(v, bool)
             if real: self.hypers.setdefault(k, []).append(v)
 
+    def pack(self):
+        "All losses so far as one tensor (batches,) on the CPU."
+        if self.raw: self.packed = torch.cat([self.packed, torch.stack(self.raw).cpu().float()])
+        self.raw = []
+        return self.packed
+
     @property
-    def losses(self):
-        raw = getattr(self, 'raw', None)
-        return torch.stack(raw).cpu().float().tolist() if raw else []
+    def losses(self): return self.pack().tolist()
 
     def plot_loss(self, smooth=.98, ax=None):
         "Loss against batch, with its debiased moving average."
@@ -263,19 +268,18 @@ class Recorder(Callback):
 
     def plot(self, name, ax=None):
         "The hyper-parameter `name` against batch."
-        seen = getattr(self, 'hypers', {})
+        seen = self.hypers
         there = ', '.join(seen) or 'nothing yet'
         if name not in seen: raise ValueError(f'nothing recorded under {name!r}; there is {there}')
         return _draw(seen[name], name, ax)
 
     def state_dict(self):
-        "The losses as one tensor (batches,), and each hyper-parameter's values as one."
-        raw, hypers = getattr(self, 'raw', []), getattr(self, 'hypers', {})
-        values = {k: torch.tensor(v, dtype=torch.float64) for k, v in hypers.items()}
-        return {'raw': torch.stack(raw) if raw else None, 'hypers': values}
+        "The losses as one tensor, and each hyper-parameter's values as one."
+        values = {k: torch.tensor(v, dtype=torch.float64) for k, v in self.hypers.items()}
+        return {'raw': self.pack(), 'hypers': values}
 
     def load_state_dict(self, sd):
-        self.raw = [] if sd['raw'] is None else list(sd['raw'])
+        self.raw, self.packed = [], sd['raw']
         self.hypers = {k: v.tolist() for k, v in sd['hypers'].items()}
 
 def _draw(ys, name, ax, **kwargs):

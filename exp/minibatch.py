@@ -70,7 +70,7 @@ class DataBunch:
     def decode(self, pred):
         "A prediction in words, and the numbers behind it; here labels have no words: None."
 
-# %% ../nbs/03_minibatch.ipynb #43762d34
+# %% ../nbs/03_minibatch.ipynb #8ecb325f
 def over_the_whole(m):
     "Whether the metric `m` is an object, for what is no mean over items."
     return all(hasattr(m, k) for k in ('reset', 'update', 'compute'))
@@ -95,10 +95,10 @@ def option(f, k, default=None):
 def split_batch(b):
     "`(xb, yb)` of what a loader gives; a batch without targets gets an empty `yb`."
     labelled = isinstance(b, dict) and {'label', 'labels', 'target'} & {*b}    # by other libraries
-    if labelled or isinstance(b, (list, tuple)) and len(b) > 2:
+    parts = b if isinstance(b, (list, tuple)) else [b]
+    if labelled or len(parts) > 2:
         raise ValueError(f'a batch of {len(b)} parts: make it (inputs, targets), by collate_fn')
-    if not isinstance(b, (list, tuple)): return b, torch.empty(0)
-    return (b[0], b[1]) if len(b) > 1 else (b[0], torch.empty(0))
+    return (*parts, torch.empty(0))[:2]
 
 def batch_len(xb, yb=None):
     "Items in a batch: rows of a tensor `xb`; else targets, or rows of the first part of `xb`."
@@ -107,13 +107,12 @@ def batch_len(xb, yb=None):
     part = next(iter(xb.values() if isinstance(xb, dict) else xb), xb)      # the first, or nothing
     return len(part) if torch.is_tensor(part) else len(xb)
 
-# %% ../nbs/03_minibatch.ipynb #e00aaab4
+# %% ../nbs/03_minibatch.ipynb #5fe55d03
 def ask(m, pred, yb):
     "What the metric `m` says of a batch. `TypeError` where it cannot use such predictions."
     try: return m.update(pred, yb) if over_the_whole(m) else m(pred, yb)
     except (AttributeError, TypeError) as e:
-        kind = type(pred).__name__
-        raise TypeError(f'{metric_name(m)} got predictions of type {kind}: {e}') from e
+        raise TypeError(f'{metric_name(m)} of predictions, {type(pred).__name__}: {e}') from e
 
 def labels_that_count(run, n):
     "Over how many labels of a batch of `n` items `run.loss` is a mean: those not to be ignored."
