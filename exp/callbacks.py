@@ -139,7 +139,7 @@ def get_runner(model, data, lr, cbs=(), opt_func=torch.optim.SGD, loss_func=F.cr
     "A `Runner` on `model` with `opt_func(model.parameters(), lr=lr)`."
     return Runner(model, data, loss_func, opt_func(model.parameters(), lr=lr), cbs)
 
-# %% ../nbs/04_callbacks.ipynb #1a192cd7
+# %% ../nbs/04_callbacks.ipynb #2f4e07cf
 NO_PASS = float('nan')                      # of a pass that did not take place: known by `is`
 
 class AvgStatsCallback(Callback):
@@ -180,20 +180,23 @@ class AvgStatsCallback(Callback):
         return '  '.join(f'{show(k, v):>{max(8, len(k))}}' for k, v in row.items())
 
     def state_dict(self):
-        "The columns, as tensors where they are numbers, and the state of the epoch under way."
-        columns = {h: [None if r[h] is NO_PASS else r[h] for r in self.rows] for h in self.heads}
-        packed = {h: torch.tensor(c, dtype=torch.float64) if {*map(type, c)} == {float} else c
-                  for h, c in columns.items()}
-        return {'columns': packed, 'stats': {t: s.state_dict() for t, s in self.stats.items()}}
+        "The rows as a tensor (rows, heads), apart what is no number; and the epoch under way."
+        cells = [(i, h, v) for i, r in enumerate(self.rows) for h, v in r.items()]
+        apart = [v is NO_PASS or not isinstance(v, float) and h != 'epoch' for _, h, v in cells]
+        numbers = [0. if a else v for a, (_, _, v) in zip(apart, cells)]
+        others = [[i, h, None if v is NO_PASS else v] for a, (i, h, v) in zip(apart, cells) if a]
+        table = torch.tensor(numbers, dtype=torch.float64).view(-1, len(self.heads))
+        stats = {t: s.state_dict() for t, s in self.stats.items()}
+        return {'heads': self.heads, 'table': table, 'others': others, 'stats': stats}
 
     def load_state_dict(self, sd):
         "The way back. Raises `ValueError` where the columns were others."
-        if [*sd['columns']] != self.heads:
-            was, now = ', '.join(sd['columns']), ', '.join(self.heads)
+        if sd['heads'] != self.heads or sd['table'].shape[1:] != (len(self.heads),):
+            was, now = ', '.join(sd['heads']), ', '.join(self.heads)
             raise ValueError(f'the table was {was} and is {now} now')
-        columns = [c.tolist() if torch.is_tensor(c) else c for c in sd['columns'].values()]
-        rows = [[NO_PASS if v is None else v for v in r] for r in zip(*columns, strict=True)]
-        self.rows = [dict(zip(self.heads, r)) for r in rows]
+        self.rows = [dict(zip(self.heads, r)) for r in sd['table'].tolist()]
+        for r in self.rows: r['epoch'] = int(r['epoch'])
+        for i, h, v in sd['others']: self.rows[i][h] = NO_PASS if v is None else v
         for t, s in self.stats.items(): s.load_state_dict(sd['stats'][t])
 
 # %% ../nbs/04_callbacks.ipynb #7d5d2f20

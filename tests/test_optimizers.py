@@ -1,6 +1,7 @@
 """Optimizers: torch's and the papers' to the last digits, the slides' code as printed, groups, refusals, states that go on."""
 import copy
 import io
+import math
 from functools import partial
 
 import pytest
@@ -296,10 +297,10 @@ def test_called_as_torchs_are():
     "The rate by place, a closure that makes loss and gradients, `zero_grad(set_to_none=…)`; and what it says of itself."
     def go(make):
         m = net()
-        opt = make(m.parameters(), .1)
+        opt = make(m.parameters(), 1e-3)
         def closure():
             opt.zero_grad(set_to_none=False)
-            loss = m(torch.ones(2, 3)).pow(2).sum()
+            loss = m(torch.ones(2, 3, 8, 8, dtype=f64)).pow(2).sum()
             loss.backward()
             return loss
         losses = [opt.step(closure).item() for _ in range(3)]
@@ -308,7 +309,7 @@ def test_called_as_torchs_are():
         return losses, m, opt
     (a, _, _), (b, m, opt) = go(torch.optim.SGD), go(sgd_opt)
     assert a == pytest.approx(b) and a[2] < a[0] and all(p.grad is None for p in m.parameters())
-    assert all(word in repr(opt) for word in ('weight_decay', 'sgd_step', "'lr': 0.1", f'{len(list(m.parameters()))} '))
+    assert all(word in repr(opt) for word in ('weight_decay', 'sgd_step', "'lr': 0.001", f'{len(list(m.parameters()))} '))
     assert 'AverageGrad' in repr(sgd_mom_opt(norm_bias_groups(m), .1)) and len(repr(sgd_mom_opt(norm_bias_groups(m), .1)).splitlines()) == 3
 
 
