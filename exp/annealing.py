@@ -71,10 +71,11 @@ def cos_1cycle_anneal(start, high, end):
     "The two cosine pieces of one cycle, `start` → `high` → `end`, for `combine_scheds`."
     return [sched_cos(start, high), sched_cos(high, end)]
 
-# %% ../nbs/05_annealing.ipynb #d928fbf6
+# %% ../nbs/05_annealing.ipynb #1bded529
 class ParamScheduler(Callback):
     """Sets the optimizer's hyper-parameter `pname` before each training batch to `sched(progress)`,
-    for the time of a fit. A list: one schedule a group. Raises `ValueError` for an unknown name."""
+    for the time of a fit; of a tuple (torch's `betas`) the first. A list: one schedule a group.
+    Raises `ValueError` for an unknown name."""
     _order = 1
     def __init__(self, pname, sched): self.pname, self.sched, self.before = pname, sched, []
 
@@ -91,7 +92,10 @@ class ParamScheduler(Callback):
     def begin_batch(self, run):
         if not run.in_train: return
         pos = (run.epoch + run.iter/run.iters)/run.n_epochs
-        for g, s in zip(get_hypers(run.opt), self.scheds): g[self.pname] = s(pos)
+        for g, s in zip(get_hypers(run.opt), self.scheds):
+            now, v = g[self.pname], s(pos)
+            pair = isinstance(now, (tuple, list)) and not isinstance(v, (tuple, list))
+            g[self.pname] = (v, *now[1:]) if pair else v
 
     def after_fit(self, run):
         for g, v in zip(get_hypers(run.opt), self.before): g[self.pname] = v

@@ -4,23 +4,25 @@
 
 # %% auto #0
 __all__ = ['EVENTS', 'NO_PASS', 'Callback', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'check_events',
-           'Runner', 'get_runner', 'AvgStatsCallback', 'default_device', 'to_device', 'CudaCallback',
+           'in_mode', 'Runner', 'get_runner', 'AvgStatsCallback', 'default_device', 'to_device', 'CudaCallback',
            'BatchTransformXCallback', 'get_hypers', 'Recorder', 'AvgStats', 'DataBunch', 'Dataset', 'accuracy',
-           'batch_len', 'binary_accuracy', 'column_names', 'get_dls', 'metric_name', 'over_the_whole']
+           'batch_len', 'binary_accuracy', 'column_names', 'get_dls', 'metric_name', 'over_the_whole', 'split_batch']
 
-# %% ../nbs/04_callbacks.ipynb #8488eeba
+# %% ../nbs/04_callbacks.ipynb #568b7d40
 import copy, difflib, numbers, re, time
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-# %% ../nbs/04_callbacks.ipynb #9fe9db35
+# %% ../nbs/04_callbacks.ipynb #5dbd0116
 from .minibatch import batch_len, binary_accuracy, metric_name    # noqa: F401
 from .minibatch import AvgStats, DataBunch, Dataset, accuracy, column_names, get_dls
-from .minibatch import over_the_whole
+from .minibatch import over_the_whole, split_batch
 
 _all_ = ['AvgStats', 'DataBunch', 'Dataset', 'accuracy', 'batch_len', 'binary_accuracy',
-         'column_names', 'get_dls', 'metric_name', 'over_the_whole']   # from here, too
+         'column_names', 'get_dls', 'metric_name', 'over_the_whole', 'split_batch']  # also here
 
 # %% ../nbs/04_callbacks.ipynb #025b35d4
 EVENTS = ('begin_fit', 'begin_epoch', 'begin_validate', 'begin_batch', 'after_pred', 'after_loss',
@@ -50,7 +52,24 @@ def check_events(cb):
         raise AttributeError(f'{type(cb).__name__}.{name} is no event: {hint}')
     return cb
 
-# %% ../nbs/04_callbacks.ipynb #b6e09749
+# %% ../nbs/04_callbacks.ipynb #b0fbf84e
+def _frozen(m):
+    "Whether `m` measures (it has buffers, as batch norm) and has weights, none of which train."
+    trains = [p.requires_grad for p in m.parameters(recurse=False)]
+    return bool(trains and [*m.buffers(recurse=False)]) and not any(trains)
+
+@contextmanager
+def in_mode(model, train):
+    """Training mode (not of parts that evaluate already, or measure and are frozen) or evaluation
+    mode for a `with` block; at its end every module is in the mode it was in before."""
+    before = [(m, m.training) for m in model.modules()]
+    if not (train and model.training): model.train(train)
+    for m, _ in before: m.training = m.training and not _frozen(m)
+    try: yield
+    finally:
+        for m, mode in before: m.training = mode
+
+# %% ../nbs/04_callbacks.ipynb #62a0f1a3
 class Runner:
     """Fits `model` to `data` (a `DataBunch`) with `loss_func(pred, yb)` and an optimizer `opt`.
 
@@ -90,11 +109,10 @@ class Runner:
     def all_batches(self, dl, train):
         "One pass over `dl`, training or not."
         self.dl, self.in_train, self.iters = dl, train, len(dl)
-        self.model.train(train)
         try:
-            with torch.set_grad_enabled(train):
+            with in_mode(self.model, train), torch.set_grad_enabled(train):
                 if not train: self('begin_validate')
-                for i, (xb, yb) in enumerate(dl): self.one_batch(i, xb, yb)
+                for i, b in enumerate(dl): self.one_batch(i, *split_batch(b))
         except CancelEpochException:
             self.opt.zero_grad()
             self('after_cancel_epoch')
@@ -121,7 +139,7 @@ def get_runner(model, data, lr, cbs=(), opt_func=torch.optim.SGD, loss_func=F.cr
     "A `Runner` on `model` with `opt_func(model.parameters(), lr=lr)`."
     return Runner(model, data, loss_func, opt_func(model.parameters(), lr=lr), cbs)
 
-# %% ../nbs/04_callbacks.ipynb #57c2f4d8
+# %% ../nbs/04_callbacks.ipynb #2f4e07cf
 NO_PASS = float('nan')                      # of a pass that did not take place: known by `is`
 
 class AvgStatsCallback(Callback):
@@ -162,20 +180,26 @@ class AvgStatsCallback(Callback):
         return '  '.join(f'{show(k, v):>{max(8, len(k))}}' for k, v in row.items())
 
     def state_dict(self):
-        "Columns, rows, and the state of the epoch under way."
+        "The rows as a tensor (rows, heads), apart what is no number; and the epoch under way."
+        cells = [(i, h, v) for i, r in enumerate(self.rows) for h, v in r.items()]
+        apart = [v is NO_PASS or not isinstance(v, float) and h != 'epoch' for _, h, v in cells]
+        numbers = [0. if a else v for a, (_, _, v) in zip(apart, cells)]
+        others = [[i, h, None if v is NO_PASS else v] for a, (i, h, v) in zip(apart, cells) if a]
+        table = torch.tensor(numbers, dtype=torch.float64).view(-1, len(self.heads))
         stats = {t: s.state_dict() for t, s in self.stats.items()}
-        rows = [{k: None if v is NO_PASS else v for k, v in r.items()} for r in self.rows]
-        return {'heads': self.heads, 'rows': rows, 'stats': stats}
+        return {'heads': self.heads, 'table': table, 'others': others, 'stats': stats}
 
     def load_state_dict(self, sd):
         "The way back. Raises `ValueError` where the columns were others."
-        if sd['heads'] != self.heads or any([*r] != self.heads for r in sd['rows']):
+        if sd['heads'] != self.heads or sd['table'].shape[1:] != (len(self.heads),):
             was, now = ', '.join(sd['heads']), ', '.join(self.heads)
             raise ValueError(f'the table was {was} and is {now} now')
-        self.rows = [{k: NO_PASS if v is None else v for k, v in r.items()} for r in sd['rows']]
+        self.rows = [dict(zip(self.heads, r)) for r in sd['table'].tolist()]
+        for r in self.rows: r['epoch'] = int(r['epoch'])
+        for i, h, v in sd['others']: self.rows[i][h] = NO_PASS if v is None else v
         for t, s in self.stats.items(): s.load_state_dict(sd['stats'][t])
 
-# %% ../nbs/04_callbacks.ipynb #9d806066
+# %% ../nbs/04_callbacks.ipynb #7d5d2f20
 def default_device():
     "The best device there is: CUDA, else MPS, else CPU. Only this call touches the GPU."
     if torch.cuda.is_available(): return torch.device('cuda')
@@ -188,12 +212,15 @@ def to_device(b, device):
     return type(b)(to_device(v, device) for v in b) if type(b) in (tuple, list) else b
 
 class CudaCallback(Callback):
-    "Moves model and batches to `device` (default: the best there is)."
+    "Moves model, loss and batches to `device` (default: the best there is)."
     _order = -10
     def __init__(self, device=None):
         self.device = default_device() if device is None else torch.device(device)
     def begin_fit(self, run):
         run.model.to(self.device)
+        loss = run.loss_func                                        # a module, or a `partial`
+        if isinstance(loss, nn.Module): loss.to(self.device)
+        if hasattr(loss, 'keywords'): loss.keywords.update(to_device(loss.keywords, self.device))
         for s in run.opt.state.values():
             for k, v in s.items():
                 if torch.is_tensor(v) and v.dim(): s[k] = v.to(self.device)
@@ -206,7 +233,7 @@ class BatchTransformXCallback(Callback):
     def __init__(self, tfm): self.tfm = tfm
     def begin_batch(self, run): run.xb = self.tfm(run.xb)
 
-# %% ../nbs/04_callbacks.ipynb #c8a3a3ae
+# %% ../nbs/04_callbacks.ipynb #1ba42842
 def get_hypers(opt):
     "One dictionary of hyper-parameters a parameter group: `opt.hypers`, else `opt.param_groups`."
     return getattr(opt, 'hypers', None) or opt.param_groups
@@ -214,8 +241,7 @@ def get_hypers(opt):
 class Recorder(Callback):
     "Training loss and hyper-parameters of `opt`'s last group after every batch, over all fits."
     _order = 20
-    def begin_fit(self, run):
-        if not hasattr(self, 'raw'): self.raw, self.hypers = [], {}
+    def __init__(self): self.raw, self.packed, self.hypers = [], torch.empty(0), {}
 
     def after_batch(self, run):
         if not run.in_train: return
@@ -224,10 +250,14 @@ class Recorder(Callback):
             real = isinstance(v, numbers.Real) and not isinstance(v, bool)
             if real: self.hypers.setdefault(k, []).append(v)
 
+    def pack(self):
+        "All losses so far as one tensor (batches,) on the CPU."
+        if self.raw: self.packed = torch.cat([self.packed, torch.stack(self.raw).cpu().float()])
+        self.raw = []
+        return self.packed
+
     @property
-    def losses(self):
-        raw = getattr(self, 'raw', None)
-        return torch.stack(raw).cpu().float().tolist() if raw else []
+    def losses(self): return self.pack().tolist()
 
     def plot_loss(self, smooth=.98, ax=None):
         "Loss against batch, with its debiased moving average."
@@ -241,19 +271,18 @@ class Recorder(Callback):
 
     def plot(self, name, ax=None):
         "The hyper-parameter `name` against batch."
-        seen = getattr(self, 'hypers', {})
+        seen = self.hypers
         there = ', '.join(seen) or 'nothing yet'
         if name not in seen: raise ValueError(f'nothing recorded under {name!r}; there is {there}')
         return _draw(seen[name], name, ax)
 
     def state_dict(self):
-        "The losses as one tensor (batches,), and each hyper-parameter's values as one."
-        raw, hypers = getattr(self, 'raw', []), getattr(self, 'hypers', {})
-        values = {k: torch.tensor(v, dtype=torch.float64) for k, v in hypers.items()}
-        return {'raw': torch.stack(raw) if raw else None, 'hypers': values}
+        "The losses as one tensor, and each hyper-parameter's values as one."
+        values = {k: torch.tensor(v, dtype=torch.float64) for k, v in self.hypers.items()}
+        return {'raw': self.pack(), 'hypers': values}
 
     def load_state_dict(self, sd):
-        self.raw = [] if sd['raw'] is None else list(sd['raw'])
+        self.raw, self.packed = [], sd['raw']
         self.hypers = {k: v.tolist() for k, v in sd['hypers'].items()}
 
 def _draw(ys, name, ax, **kwargs):

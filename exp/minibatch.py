@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['accuracy', 'binary_accuracy', 'Dataset', 'get_dls', 'DataBunch', 'over_the_whole', 'metric_name', 'column_names',
-           'batch_len', 'one_number', 'AvgStats']
+           'option', 'split_batch', 'batch_len', 'ask', 'labels_that_count', 'one_number', 'AvgStats']
 
 # %% ../nbs/03_minibatch.ipynb #9df844f7
 import copy
@@ -70,7 +70,7 @@ class DataBunch:
     def decode(self, pred):
         "A prediction in words, and the numbers behind it; here labels have no words: None."
 
-# %% ../nbs/03_minibatch.ipynb #af23a6e1
+# %% ../nbs/03_minibatch.ipynb #8ecb325f
 def over_the_whole(m):
     "Whether the metric `m` is an object, for what is no mean over items."
     return all(hasattr(m, k) for k in ('reset', 'update', 'compute'))
@@ -88,6 +88,18 @@ def column_names(metrics):
         names.append(next(n for n in same if n not in names))
     return names
 
+def option(f, k, default=None):
+    "What the loss `f`, an object or a `partial`, was made with under the name `k`."
+    return getattr(f, 'keywords', {}).get(k, getattr(f, k, default))
+
+def split_batch(b):
+    "`(xb, yb)` of what a loader gives; a batch without targets gets an empty `yb`."
+    labelled = isinstance(b, dict) and {'label', 'labels', 'target'} & {*b}    # by other libraries
+    parts = b if isinstance(b, (list, tuple)) else [b]
+    if labelled or len(parts) > 2:
+        raise ValueError(f'a batch of {len(b)} parts: make it (inputs, targets), by collate_fn')
+    return (*parts, torch.empty(0))[:2]
+
 def batch_len(xb, yb=None):
     "Items in a batch: rows of a tensor `xb`; else targets, or rows of the first part of `xb`."
     if torch.is_tensor(xb): return len(xb)
@@ -95,7 +107,19 @@ def batch_len(xb, yb=None):
     part = next(iter(xb.values() if isinstance(xb, dict) else xb), xb)      # the first, or nothing
     return len(part) if torch.is_tensor(part) else len(xb)
 
-# %% ../nbs/03_minibatch.ipynb #d9c5f2bf
+# %% ../nbs/03_minibatch.ipynb #5fe55d03
+def ask(m, pred, yb):
+    "What the metric `m` says of a batch. `TypeError` where it cannot use such predictions."
+    try: return m.update(pred, yb) if over_the_whole(m) else m(pred, yb)
+    except (AttributeError, TypeError) as e:
+        raise TypeError(f'{metric_name(m)} of predictions, {type(pred).__name__}: {e}') from e
+
+def labels_that_count(run, n):
+    "Over how many labels of a batch of `n` items `run.loss` is a mean: those not to be ignored."
+    yb, ignored = run.yb, option(getattr(run, 'loss_func', None), 'ignore_index', -100)
+    by_class = torch.is_tensor(yb) and yb.numel() and not yb.is_floating_point()
+    return (yb != ignored).sum() if by_class else n
+
 def one_number(v, name, device=None):
     "What a loss or metric gave for a batch as a float32 tensor without dimensions."
     wanted = 'one number for the batch is wanted, say the mean'
@@ -105,9 +129,10 @@ def one_number(v, name, device=None):
     if t.numel() != 1: raise ValueError(f'{name} gave {t.numel()} numbers; {wanted}')
     return t.float().reshape(())
 
-# %% ../nbs/03_minibatch.ipynb #8f8d5fba
+# %% ../nbs/03_minibatch.ipynb #0eb0149b
 class AvgStats:
-    """Loss and `metrics` over one pass. Functions of `(pred, yb)`: means, weighted by batch size.
+    """Loss and `metrics` over one pass: the loss weighted by the labels that count, functions of
+    `(pred, yb)` by batch size.
 
     Objects (`over_the_whole`) are reset first, updated with each batch, computed once."""
     def __init__(self, metrics, in_train):
@@ -125,11 +150,12 @@ class AvgStats:
         "Add a batch: `run` has its `xb`, `yb`, `pred` and `loss`."
         n, loss = batch_len(run.xb, run.yb), one_number(run.loss, 'the loss')
         pred = run.pred.detach() if torch.is_tensor(run.pred) else run.pred
-        means = [one_number(m(pred, run.yb), metric_name(m), loss.device) for m in self.means]
+        means = [one_number(ask(m, pred, run.yb), metric_name(m), loss.device) for m in self.means]
         for m in self.objects:
             if not self.count and hasattr(m, 'to'): m.to(loss.device)   # torchmetrics' are modules
-            m.update(pred, run.yb)
-        now = torch.stack([loss, *means])*n
+            ask(m, pred, run.yb)
+        k = loss.new_zeros(()) + labels_that_count(run, n)
+        now = torch.stack([k, torch.where(k > 0, loss*k, 0.), *(v*n for v in means)])
         self.totals = now if self.totals is None else self.totals + now
         self.count += n
 
@@ -137,7 +163,8 @@ class AvgStats:
     def avg_stats(self):
         "Loss and metrics so far, as numbers (a list if an object computes several); `[]` before."
         if self.totals is None: return []
-        loss, *means = (self.totals/self.count).tolist()
+        k, loss, *means = self.totals.split(1)
+        loss, *means = torch.cat([loss/k, *(v/self.count for v in means)]).tolist()
         means, objects = iter(means), (torch.as_tensor(m.compute()).tolist() for m in self.objects)
         return [loss, *(next(objects) if over_the_whole(m) else next(means) for m in self.metrics)]
 

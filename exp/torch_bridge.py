@@ -8,7 +8,7 @@ __all__ = ['TorchOptimizer']
 # %% ../nbs/more/09j_torch_bridge.ipynb #dbbe066b
 import torch
 
-# %% ../nbs/more/09j_torch_bridge.ipynb #18f9db1f
+# %% ../nbs/more/09j_torch_bridge.ipynb #5c79d6ad
 _SPELT = {'betas': ('mom', 'sqr_mom'), 'momentum': ('mom',), 'weight_decay': ('wd',)}
 
 def _value(group, ours):
@@ -60,14 +60,10 @@ class TorchOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         "One step; with a `closure`, after it has computed gradients, and its loss is returned."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
         self.agree()
         for p, state in self.state.items():
             if not self.need <= state.keys(): state.update({**self.opt.new_state(p), **state})
-        self.opt.step()
-        return loss
+        return self.opt.step(closure)
 
     def add_param_group(self, param_group: dict):
         "Another group, in torch's form; hyper-parameters under either name, else the defaults."

@@ -182,6 +182,31 @@ def test_no_more_reads_from_the_device_for_more_batches():
     assert reads(2) == reads(40) and reads(40, Recorder2019) > reads(2, Recorder2019) + 30       # and the check sees something
 
 
+@pytest.mark.parametrize('how', ['evaluates', 'frozen by the optimizer', 'all of it evaluates'])
+@pytest.mark.parametrize('loop', [Runner, Learner])
+def test_modes_set_before_a_fit_are_kept_and_put_back(loop, how):
+    "A norm that evaluates measures nothing, and a frozen one neither; a net that somebody has looked at trains as a whole."
+    learn = learner(opt_func=sgd_opt, norm=True, splitter=lambda m: [[*m[:2].parameters()], [*m[-1].parameters()]])
+    learn.ready_opt()
+    model, bn, dropout = learn.model, *learn.model[1:3]
+    if how == 'evaluates': bn.eval().requires_grad_(False)
+    elif how == 'all of it evaluates': model.eval()
+    else: learn.opt.freeze(0)
+    modes, before, seen = [m.training for m in model.modules()], flat(bn), set()
+    watch = At('after_pred', lambda run: seen.add((run.in_train, dropout.training, bn.training)))
+    run = learn if loop is Learner else Runner(model, toy(), CE, learn.opt, [watch])
+    if loop is Learner: run.add_cbs(watch)
+    for _ in '12':
+        run.fit(1)
+        assert [m.training for m in model.modules()] == modes
+    trains = how == 'all of it evaluates'
+    assert flat(bn).equal(before) != trains and seen == {(True, True, trains), (False, False, False)}
+    watch.after_pred = raises(ZeroDivisionError(), lambda run: not run.in_train)
+    run = learner(watch) if loop is Learner else run
+    with pytest.raises(ZeroDivisionError): run.fit(1)
+    assert run.model.training == (loop is Learner or not trains)
+
+
 @pytest.mark.parametrize('one_cycle', [False, True])
 @pytest.mark.parametrize('start', [(0, 0), (0, 9), (1, 0), (1, 4), (1, 10), (2, 3)])
 def test_a_fit_broken_off_goes_on_from_its_place(start, one_cycle):
@@ -247,16 +272,18 @@ def test_no_decay_for_norms_and_biases(opt_func):
     assert {p.dim(): p.min().item() for p in learn.model.parameters()} == {2: pytest.approx(.95), 1: 1.}
 
 
-@pytest.mark.parametrize('opt_func, name', [(Momentum, 'momentum'), (sgd_mom_opt, 'mom'), (adam_opt(), 'mom'), (SGD, None)], ids=['momentum', 'ours', 'our adam', 'SGD'])
+@pytest.mark.parametrize('opt_func, name', [(Momentum, 'momentum'), (sgd_mom_opt, 'mom'), (adam_opt(), 'mom'), (SGD, None), (AdamW, 'betas')], ids=['momentum', 'ours', 'our adam', 'SGD', 'AdamW'])
 def test_one_cycle_is_its_formula_and_goes_back(opt_func, name):
     rec, n = Recorder(), 20
-    learn = learner(rec, opt_func=opt_func, splitter=halves, lr=[.01, .1])
+    def first(v): return v[0] if isinstance(v, tuple) else v
+    moms = At('after_step', lambda l: rec.hypers.setdefault('moms', []).append(first(get_hypers(l.opt)[1].get(name))))
+    learn = learner(rec, moms, opt_func=opt_func, splitter=halves, lr=[.01, .1])
     learn.fit_one_cycle(5, moms=(.9, .8, .95), pct_start=.3)                    # 5 epochs of 4 batches
     def piece(a, b, p): return a + (b - a)*(1 - math.cos(math.pi*p))/2
     def cycle(a, b, c): return [piece(a, b, i/n/.3) if i/n < .3 else piece(b, c, (i/n - .3)/.7) for i in range(n)]
     assert rec.hypers['lr'] == pytest.approx(cycle(.1/25, .1, .1/1e5))
-    if name: assert rec.hypers[name] == pytest.approx(cycle(.9, .8, .95))
-    assert [h['lr'] for h in get_hypers(learn.opt)] == [.01, .1] and (not name or get_hypers(learn.opt)[0][name] == .9)
+    if name: assert rec.hypers['moms'] == pytest.approx(cycle(.9, .8, .95))
+    assert [h['lr'] for h in get_hypers(learn.opt)] == [.01, .1] and (not name or get_hypers(learn.opt)[0][name] in (.9, (.9, .999)))
     both = [learner(opt_func=opt_func, splitter=halves).fit_one_cycle(1, lr, moms=None, reset_opt=True) for lr in (slice(.02, .2), [.02, .2])]
     assert weights(both[0]).equal(weights(both[1])) and not weights(both[0]).equal(weights(learner(opt_func=opt_func).fit_one_cycle(1, .2, moms=None)))
 
@@ -275,7 +302,8 @@ def test_what_the_optimizer_leaves_out_is_told_at_every_fit():
     assert not learn.fit_one_cycle(1, reset_opt=True).model[2].weight.equal(head)
     loss = Gives(1.)                                                           # a loss that learns, too
     loss.forward = lambda p, y: CE(p*loss.w, y)
-    with pytest.raises(ValueError, match=r'\bw\b'): Learner(net(), toy(), loss, SGD).fit(1)
+    for f in (loss, partial(loss), loss.__call__):
+        with pytest.raises(ValueError, match=r'\bw\b'): Learner(net(), toy(), f, SGD).fit(1)
     Learner(net(), toy(), loss, SGD, splitter=lambda m: [[*m.parameters(), loss.w]]).fit(1)
     assert loss.w != 1
 
@@ -571,6 +599,11 @@ def test_what_does_not_fit_is_told_with_its_place(pred, yb, loss_func, said, kin
 def test_what_is_allowed_passes(pred, yb, f):
     learn = Learner(Gives(pred), DataBunch([(rand(4), yb)]*2, [(rand(4), yb)]), f, cbs=stats()).fit(1)
     assert learn.n_iter == 2 and table(learn)[0]['valid_loss'] == pytest.approx(f(pred*learn.model.w, yb).item())
+
+
+def test_a_last_batch_of_one_and_batch_norm():
+    learn = Learner(net(norm=True), DataBunch([(X[:8], Y[:8]), (X[:1], Y[:1])], TEN), CE)
+    with pytest.raises(ValueError, match='training batch 1 of epoch 0.*drop_last'): learn.fit(1)
 
 
 class OutOfMemory(RuntimeError): pass                                          # a kind of its own must stay what it is

@@ -1,8 +1,10 @@
 """The training loop, schedules, hooks and norms of 04–07, beside torch's own and under faults."""
 import copy
 import inspect
+import math
 import pickle
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from toys import At, Takes, X, Y, batches, raises, rows, stats, toy
 from exp.annealing import ParamScheduler, annealer, combine_scheds, cos_1cycle_anneal, sched_cos, sched_exp, sched_lin
 from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import (EVENTS, NO_PASS, AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
-                           CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, binary_accuracy, get_dls, get_hypers, get_runner)
-from exp.convnets import Hook, Hooks, append_stats, get_cnn_model, init_cnn, plot_hists, plot_stats
+                           CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, binary_accuracy, get_dls, get_hypers, get_runner, metric_name)
+from exp.convnets import Hook, Hooks, Lambda, append_stats, get_cnn_model, init_cnn, plot_hists, plot_stats
+from exp.minibatch import option
 
 
 def runner(*cbs, data=None, lr=.1, loss=F.cross_entropy, wrap=lambda model: model):
@@ -270,6 +273,22 @@ def test_binary_accuracy_is_torchmetrics(shape):
     assert binary_accuracy(pred.sigmoid(), yb, threshold=.5).isclose(want)
 
 
+@pytest.mark.parametrize('loss, ignored', [(F.cross_entropy, -100), (lambda p, y: F.cross_entropy(p, y), -100), (partial(F.cross_entropy, ignore_index=2), 2), (nn.CrossEntropyLoss(ignore_index=255), 255)])
+@pytest.mark.parametrize('pixels', [(), (3,)])
+def test_the_loss_is_weighted_by_the_labels_that_count(loss, ignored, pixels):
+    "One batch of three has only labels to be ignored: its mean is 0/0, and that of the pass is not."
+    yb = Y[:96, None].repeat(1, *pixels) if pixels else Y[:96].clone()
+    yb[:32] = yb[40:50] = ignored
+    data, model = [(X[i:i + 32], yb[i:i + 32]) for i in (0, 32, 64)], nn.Linear(10, 3)
+    if pixels: model = nn.Sequential(model, Lambda(lambda p: p[..., None].repeat(1, 1, 3)))
+    run = Runner(model, DataBunch(data, data), loss, torch.optim.SGD(model.parameters(), lr=0.), [table := stats(accuracy)]).fit(1)
+    want, row = loss(model(X[:96]), yb).item(), table.rows[0]
+    assert row['train_loss'] == pytest.approx(want, abs=1e-5) and row['valid_loss'] == pytest.approx(want, abs=1e-5)
+    assert row['valid_accuracy'] == pytest.approx(accuracy(model(X[:96]), yb).item())
+    run.data = DataBunch(data[:1], data[:1])
+    assert math.isnan(run.fit(1).cbs[0].rows[-1]['valid_loss'])
+
+
 class Distinct:
     "No mean over items: how many rows were seen twice or more, over a whole pass."
     def reset(self): self.n, self.seen = 0, []
@@ -330,6 +349,35 @@ def test_a_diverged_loss_is_no_pass_that_did_not_happen():
     assert fit(DataBunch(toy().train_dl, []), .1).split().count('-') == 1                      # without metrics too
 
 
+@pytest.mark.parametrize('metric', [accuracy, Distinct()])
+@pytest.mark.parametrize('out', [lambda p: (p, p), lambda p: {'logits': p}])
+def test_predictions_that_a_metric_cannot_use_are_told_with_its_name(metric, out):
+    model, first = nn.Linear(10, 3), lambda o: next(iter(o.values())) if isinstance(o, dict) else o[0]
+    run = Runner(nn.Sequential(model, Lambda(out)), toy(), lambda p, y: F.cross_entropy(first(p), y), torch.optim.SGD(model.parameters(), lr=.1), [stats(metric)])
+    with pytest.raises(TypeError, match=f'{metric_name(metric)}.*{type(out(0)).__name__}'): run.fit(1)
+
+
+@pytest.mark.parametrize('batch', [{'pixel_values': X, 'labels': Y}, {'x': X, 'label': Y}, {'x': X, 'target': Y, 'id': Y}, (X, Y, Y)])
+def test_a_batch_of_other_parts_is_refused_by_the_runner(batch):
+    "A dictionary of two was unpacked into its keys."
+    with pytest.raises(ValueError, match='collate_fn'): runner(data=DataBunch([batch], [batch])).fit(1)
+
+
+def test_what_the_loss_was_made_with_moves_with_the_model():
+    for loss in (nn.CrossEntropyLoss(weight=torch.ones(3)), partial(F.cross_entropy, weight=torch.ones(3), ignore_index=2), F.cross_entropy):
+        CudaCallback('meta').begin_fit(SimpleNamespace(model=nn.Linear(10, 3), loss_func=loss, opt=SimpleNamespace(state={})))
+        w = option(loss, 'weight')
+        assert w is None or w.is_meta
+
+
+def test_what_is_kept_of_a_long_fit_does_not_grow_by_objects():
+    "Each is walked over and written by itself, after every epoch."
+    def parts(o): return 1 + sum(map(parts, o.values() if isinstance(o, dict) else o if isinstance(o, (list, tuple)) else []))
+    data = DataBunch(batches(50), batches(50))
+    counts = [[parts(cb.state_dict()) for cb in runner(stats(accuracy), Recorder(), data=data).fit(n).cbs] for n in (2, 20)]
+    assert counts[1] == counts[0]
+
+
 def test_a_loss_and_a_metric_are_one_number():
     one, each = batches(1, 40), lambda p, y: (p.argmax(1) == y).float()
     run = runner(table := stats(each), data=DataBunch(one, one), lr=0., loss=partial(F.cross_entropy, reduction='none')).fit(1)     # in a list: also one
@@ -349,7 +397,7 @@ def test_the_state_of_table_and_recorder_in_mid_epoch(kind):
     runner(*first, At('after_batch', keep, 30), data=data).fit(2)
     run = runner(*second, data=data)
     run.model.load_state_dict(kept['model'])
-    for c in second: c.begin_fit(run)
+    for c in (second[0], second[2]): c.begin_fit(run)
     second[0].begin_epoch(run)
     for c, sd in zip(second, kept['cbs']): c.load_state_dict(sd)
     so_far = second[0].stats[True].avg_stats

@@ -1,6 +1,7 @@
 """Optimizers: torch's and the papers' to the last digits, the slides' code as printed, groups, refusals, states that go on."""
 import copy
 import io
+import math
 from functools import partial
 
 import pytest
@@ -248,7 +249,8 @@ def test_xtra_steps_come_last():
     def cap(p, top, **kwargs): p.clamp_(max=top)
     a, b = two()
     ones(a, b)
-    adam_opt([cap], top=.25)([a, b], lr=-.1).step()
+    for p in (a, b): p.grad.neg_()
+    adam_opt([cap], top=.25)([a, b], .1).step()
     assert a.tolist() == [.25]*3 and b.tolist() == [.25]*2
 
 
@@ -257,7 +259,11 @@ def test_xtra_steps_come_last():
     (lambda a, b: adam_opt(momentum=.9)([a], lr=.1), ValueError), (lambda a, b: sgd_opt([a, b, a], lr=.1), ValueError),
     (lambda a, b: sgd_opt([[a], [b, a]], lr=.1), ValueError), (lambda a, b: sgd_opt([('a', a), ('b', a)], lr=.1), ValueError),
     (lambda a, b: sgd_opt([], lr=.1), ValueError), (lambda a, b: sgd_opt([[a], []], lr=.1), ValueError), (lambda a, b: sgd_opt(iter([]), lr=.1), ValueError),
-    (lambda a, b: sgd_opt(a, lr=.1), TypeError), (lambda a, b: adam_opt([a, b], lr=.1), TypeError), (lambda a, b: adam_opt(net().parameters(), lr=.1), TypeError)])
+    *[(lambda a, b, f=f, kw=kw: f([a, b], **{'lr': .1, **kw}), ValueError) for f, kw in (
+        *[(sgd_opt, {'lr': lr}) for lr in (-1, math.nan, math.inf, None, '.1')], *[(sgd_mom_opt, {'mom': mom}) for mom in (1., -.1, 2, math.nan)], (sgd_opt, {'wd': -1.}),
+        (adam_opt(), {'eps': -1.}), (adam_opt(), {'sqr_mom': 1.}), (lars, {'trust_coef': -1.}), (lamb, {'max_ratio': math.nan}))],
+    (lambda a, b: sgd_opt([{'params': [a]}, {'params': [b], 'lr': -1.}], .1), ValueError), (lambda a, b: sgd_mom_opt([a], .1, .9), ValueError),
+    (lambda a, b: sgd_opt([a], .1, lr=.1), TypeError), (lambda a, b: sgd_opt(a, lr=.1), TypeError), (lambda a, b: adam_opt([a, b], lr=.1), TypeError), (lambda a, b: adam_opt(net().parameters(), lr=.1), TypeError)])
 def test_refused_when_it_is_made(call, error):
     with pytest.raises(error): call(*two())
 
@@ -279,6 +285,32 @@ def test_momentum_of_complex_parameters_is_torchs():
         for _ in range(5): opt.zero_grad(); (p - 1).abs().pow(2).sum().backward(); opt.step()
         return p.detach()
     assert torch.allclose(go(partial(sgd_mom_opt, lr=.05)), go(partial(SGD, lr=.05, momentum=.9)))
+
+
+@pytest.mark.parametrize('theirs, ours', [('weight_decay', 'wd'), ('momentum', 'mom'), ('betas', 'mom and sqr_mom'), ('maximize', 'minus'), ('foreach', 'Compiled'), ('fused', 'Compiled'), ('sqr_mon', 'sqr_mom')])
+def test_torchs_spellings_are_told_ours(theirs, ours):
+    for group in ({}, {theirs: 1}):
+        with pytest.raises(ValueError, match=f'{theirs}.*{ours}'): adam_opt()([{'params': [torch.ones(2)], **group}], .1, **({} if group else {theirs: 1}))
+
+
+def test_called_as_torchs_are():
+    "The rate by place, a closure that makes loss and gradients, `zero_grad(set_to_none=…)`; and what it says of itself."
+    def go(make):
+        m = net()
+        opt = make(m.parameters(), 1e-3)
+        def closure():
+            opt.zero_grad(set_to_none=False)
+            loss = m(torch.ones(2, 3, 8, 8, dtype=f64)).pow(2).sum()
+            loss.backward()
+            return loss
+        losses = [opt.step(closure).item() for _ in range(3)]
+        assert all(p.grad is not None for p in m.parameters()) and opt.step() is None
+        opt.zero_grad()
+        return losses, m, opt
+    (a, _, _), (b, m, opt) = go(torch.optim.SGD), go(sgd_opt)
+    assert a == pytest.approx(b) and a[2] < a[0] and all(p.grad is None for p in m.parameters())
+    assert all(word in repr(opt) for word in ('weight_decay', 'sgd_step', "'lr': 0.001", f'{len(list(m.parameters()))} '))
+    assert 'AverageGrad' in repr(sgd_mom_opt(norm_bias_groups(m), .1)) and len(repr(sgd_mom_opt(norm_bias_groups(m), .1)).splitlines()) == 3
 
 
 def test_norm_bias_groups():
