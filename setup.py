@@ -1,4 +1,5 @@
 """Builds the distribution from settings.ini, the one place of name, version, description and requirements."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -17,11 +18,18 @@ class WithoutIndex(build_py):
         return [m for m in super().find_package_modules(package, package_dir) if m[1] != '_modidx']
 
 
+readme, urls = (here/'README.md').read_text(encoding='utf-8'), dict(o.split('=', 1) for o in cfg['urls'].split())
+if cfg['repository']:
+    files = cfg['repository'] + '/blob/main/'
+    urls |= {'Source': cfg['repository'], 'Changes': files + 'CHANGELOG.md'}
+    readme = re.sub(r'\]\((?!https?:|#)', f']({files}', readme)           # read elsewhere, its links must lead here
 extras = {name: cfg[f'{name}_requirements'].split() for name in ('nb', 'dev', 'bench')}
 setup(
     name=cfg['name'], version=cfg['version'], description=cfg['description'], author=cfg['author'], license=cfg['license'],
-    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']), package_data={cfg['lib_path']: ['py.typed']},
+    license_files=['LICENSE'], classifiers=cfg['classifiers'].strip().splitlines(), project_urls=urls,
+    long_description=readme, long_description_content_type='text/markdown',
+    # With a folder named here an editable install is that folder on the path, where an editor finds the package too.
+    package_dir={'': '.'}, packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']), package_data={cfg['lib_path']: ['py.typed']},
     python_requires='>='+cfg['min_python'], install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     cmdclass={'build_py': WithoutIndex}, include_package_data=True, zip_safe=False)

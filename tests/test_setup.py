@@ -1,0 +1,181 @@
+"""The set-up nothing trips over: uv, an editor elsewhere, `make lab`, the wheel; none of it needs a network unless the test says so."""
+import configparser
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.request
+import zipfile
+
+import pytest
+from conftest import ROOT
+
+try: import tomllib
+except ImportError: import tomli as tomllib
+
+HERE = sysconfig.get_path('purelib')
+BIN = 'Scripts' if os.name == 'nt' else 'bin'
+ENV = {k: v for k, v in os.environ.items() if k not in ('PYTHONPATH', 'VIRTUAL_ENV', 'UV_PROJECT_ENVIRONMENT', 'EXP_MIRROR', 'EXP_DATA')}
+
+
+def run(*args, cwd=None, fails=False, **env):
+    "What a command printed; the test fails where the command does."
+    r = subprocess.run([*map(str, args)], cwd=cwd, env={**ENV, **env}, capture_output=True, text=True, timeout=600)
+    assert fails == bool(r.returncode), r.stdout[-1000:] + r.stderr[-3000:]
+    return r.stdout + r.stderr
+
+
+def tool(name):
+    "The path of a command of the dev requirements, or skip."
+    found = shutil.which(name, path=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get('PATH', '')]))
+    return found or pytest.skip(f'no {name} here: pip install -e ".[dev]"')
+
+
+def copy_project(to):
+    "What git has of the project, without its tests."
+    away = shutil.ignore_patterns('.*', '__pycache__', 'runs', 'build', 'dist', '*.egg-info', 'uv.lock', 'tests', 'benchmarks', '_modidx.py')
+    return shutil.copytree(ROOT, to, ignore=away)
+
+
+def set_in(settings, name, value):
+    text = settings.read_text(encoding='utf-8')
+    assert re.search(rf'(?m)^{name} =', text), name
+    settings.write_text(re.sub(rf'(?m)^({name}) =.*', rf'\1 = {value}', text), encoding='utf-8')
+
+
+def settings():
+    ini = configparser.ConfigParser()
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    return ini['DEFAULT']
+
+
+# uv
+
+def test_pyproject_says_what_settings_ini_says():
+    project, cfg = tomllib.loads((ROOT/'pyproject.toml').read_text())['project'], settings()
+    assert project['name'] == cfg['name'] and project['requires-python'] == '>=' + cfg['min_python']
+    assert not set(project) - {'name', 'requires-python', 'dynamic'}, 'the rest has one place'
+
+
+@pytest.fixture
+def for_uv(tmp_path):
+    "A copy that requires nothing, so that nothing need be fetched, with what is installed here on its path; `uv` with its options."
+    root, uv = copy_project(tmp_path/'lesson11'), tool('uv')
+    set_in(root/'settings.ini', r'\w*requirements', '')
+    env = dict(UV_CACHE_DIR=str(tmp_path/'cache'), UV_TOOL_DIR=str(tmp_path/'tools'), UV_OFFLINE='1', UV_PYTHON_DOWNLOADS='never', UV_NO_PROGRESS='1', EXP_NO_BAR='1')
+    run(uv, 'venv', '--python', sys.executable, root/'.venv', **env)
+    py = root/'.venv'/BIN/'python'
+    site = run(py, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"), end="")')
+    with open(os.path.join(site, 'outer.pth'), 'w') as f: f.write(HERE)
+    def uv_(*args, cwd=root, **kw): return run(uv, *args, cwd=cwd, **env, **kw)
+    return root, py, uv_
+
+
+def test_uv_sync_installs_the_package_from_settings_ini(for_uv):
+    root, py, uv = for_uv
+    uv('sync', '--no-build-isolation')
+    say = 'import exp; print(exp.__version__, exp.__file__)'
+    assert str(root/'exp') in run(py, '-c', say, cwd=root.parent)
+    assert '--epochs' in uv('run', '--no-build-isolation', 'exp-train', '--help')
+    set_in(root/'settings.ini', 'version', '7.0')
+    uv('sync', '--no-build-isolation')
+    assert run(py, '-c', say, cwd=root.parent).startswith('7.0 '), 'uv looks at settings.ini'
+
+
+def test_uvx_runs_a_command_of_the_folder(for_uv):
+    root, _, uv = for_uv
+    said = uv('tool', 'run', '--no-build-isolation', '--from', root, 'exp-train', '--help', cwd=root.parent, PYTHONPATH=HERE)
+    assert '--epochs' in said
+
+
+def test_uv_finds_all_that_is_required(tmp_path):
+    "Of every extra, for every Python and system that we name. Needs the network, a few seconds; torch is not downloaded."
+    root, uv = copy_project(tmp_path/'lesson11'), tool('uv')
+    r = subprocess.run([uv, 'lock', '--dry-run', '--no-python-downloads'], cwd=root, env=ENV, capture_output=True, text=True, timeout=600)
+    if r.returncode and re.search('(?i)error sending request|failed to fetch|dns error|connect|timed out', r.stderr): pytest.skip('uv reaches no package index')
+    assert not r.returncode and 'warning' not in r.stderr.lower(), r.stderr
+    assert 'torchvision' in r.stdout + r.stderr
+
+
+# an editor
+
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    "The Python of a new venv in which this folder is installed as `make` does it, `pip install -e`, without what it requires."
+    venv = tmp_path_factory.mktemp('venv')
+    run(sys.executable, '-m', 'venv', '--without-pip', venv)
+    root = copy_project(venv/'lesson11')
+    run(sys.executable, '-m', 'pip', '--python', venv/BIN/'python', 'install', '--no-deps', '--no-build-isolation', '--no-index', '-e', root, PYTHONPATH=HERE)
+    return venv/BIN/'python', root
+
+
+def test_an_editor_finds_the_package_from_another_folder(installed, tmp_path):
+    "And knows what is in it."
+    pyright, (py, _) = tool('pyright'), installed
+    script = tmp_path/'mine.py'
+    script.write_text('import exp\nfrom exp.learner import Learner\n\nreveal_type(Learner.fit)\nprint(exp.annealing, Learner.fitt)\n')
+    tried = subprocess.run([pyright, '--version'], env=ENV, capture_output=True, text=True)
+    if tried.returncode: pytest.skip('no node for pyright')
+    r = subprocess.run([pyright, '--pythonpath', str(py), '--outputjson', str(script)], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    said = [(d['range']['start']['line'] + 1, d['severity'], d['message']) for d in json.loads(r.stdout)['generalDiagnostics']]
+    assert [(line, kind) for line, kind, _ in said] == [(4, 'information'), (5, 'error')] and 'epochs' in said[0][2] and 'fitt' in said[1][2], said
+
+
+# JupyterLab
+
+@pytest.fixture
+def lab(tmp_path):
+    "The address that `make lab` prints, once it answers."
+    pytest.importorskip('jupyterlab')
+    if os.name == 'nt': pytest.skip('make is not for Windows')
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    args = f'--no-browser --allow-root --port={port} --ServerApp.port_retries=0 --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'
+    dirs = {f'JUPYTER_{k}_DIR': str(tmp_path/k) for k in ('CONFIG', 'DATA', 'RUNTIME')} | {'JUPYTERLAB_WORKSPACES_DIR': str(tmp_path/'w')}
+    line = run(tool('make'), '-n', '-o', '.venv/stamp-dev', 'lab', f'BIN={os.path.dirname(sys.executable)}', f'ARGS={args}', cwd=ROOT)
+    log = tmp_path/'log'
+    with open(log, 'w') as f: p = subprocess.Popen(['bash', '-c', 'exec ' + line.splitlines()[-1]], cwd=ROOT, env={**ENV, **dirs}, stdout=f, stderr=f)
+    try:
+        for _ in range(300):
+            address = re.search(r'http://127\.0\.0\.1:\S+', log.read_text())
+            try: urllib.request.urlopen(address[0], timeout=5); break
+            except (OSError, TypeError): time.sleep(.2)
+            assert p.poll() is None, log.read_text()
+        yield address[0]
+    finally:
+        p.terminate()
+        p.wait(20)
+
+
+def test_make_lab_opens_the_index_with_the_repository_as_root(lab):
+    "The address that is printed is what somebody opens where no browser can be started."
+    place, query = lab.split('?')
+    assert place.endswith('/lab/tree/nbs/index.ipynb')
+    for name in ('nbs/index.ipynb', 'docs/colab.md'):
+        got = urllib.request.urlopen(f'{place.split("/lab/")[0]}/api/contents/{name}?content=0&{query}')
+        assert json.load(got)['path'] == name
+
+
+# the wheel
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    root = copy_project(tmp_path_factory.mktemp('wheel')/'lesson11')
+    set_in(root/'settings.ini', 'repository', 'https://example.org/lesson11')
+    run(sys.executable, '-m', 'build', '--wheel', '--no-isolation', root)
+    return next((root/'dist').glob('*.whl'))
+
+
+def test_the_wheel_says_what_it_is(wheel):
+    z = zipfile.ZipFile(wheel)
+    text = {n.split('/', 1)[1].split('/')[-1]: z.read(n).decode() for n in z.namelist() if '.dist-info/' in n}
+    assert 'exp/py.typed' in z.namelist() and 'Apache License' in text['LICENSE']
+    head, readme = text['METADATA'].split('\n\n', 1)
+    for want in ('License-File: LICENSE', 'Requires-Python: >=3.10', 'Classifier: Typing :: Typed', 'Project-URL: Source, https://example.org/lesson11'):
+        assert want in head.splitlines()
+    assert '(https://example.org/lesson11/blob/main/nbs/00_export.ipynb)' in readme, 'links lead somewhere from where it is read'
+    run(tool('twine'), 'check', '--strict', wheel)
