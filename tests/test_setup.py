@@ -126,6 +126,11 @@ def test_an_editor_finds_the_package_from_another_folder(installed, tmp_path):
     assert [(line, kind) for line, kind, _ in said] == [(4, 'information'), (5, 'error')] and 'epochs' in said[0][2] and 'fitt' in said[1][2], said
 
 
+def test_exp_lab_says_where_a_clone_is(installed, tmp_path):
+    py, root = installed
+    assert str(root) in run(py, '-m', 'lesson11', tmp_path/'mine', cwd=tmp_path, fails=True) and not (tmp_path/'mine').exists()
+
+
 # JupyterLab
 
 @pytest.fixture
@@ -179,3 +184,52 @@ def test_the_wheel_says_what_it_is(wheel):
         assert want in head.splitlines()
     assert '(https://example.org/lesson11/blob/main/nbs/00_export.ipynb)' in readme, 'links lead somewhere from where it is read'
     run(tool('twine'), 'check', '--strict', wheel)
+
+
+# the course out of a wheel
+
+@pytest.fixture(scope='module')
+def reader(wheel, tmp_path_factory):
+    "The commands of a new venv with the wheel in it."
+    venv = tmp_path_factory.mktemp('reader')
+    run(sys.executable, '-m', 'venv', '--without-pip', venv)
+    run(sys.executable, '-m', 'pip', '--python', venv/BIN/'python', 'install', '--no-deps', '--no-index', wheel)
+    return venv/BIN
+
+
+def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
+
+
+def test_exp_lab_puts_the_course_into_a_folder_over_nothing(reader, tmp_path):
+    mine = tmp_path/'my course'
+    assert f'cd "{mine}"' in run(reader/'exp-lab', mine)
+    got = files(mine)
+    want = {p.relative_to(ROOT).as_posix() for p in ROOT.glob('nbs/**/[0-9i]*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    assert {n for n in got if n.startswith('nbs/')} == want and all(got[n] == (ROOT/n).read_bytes() for n in want)
+    assert not [n for n in got if '__pycache__' in n or n.endswith('.part') or 'egg-info' in n]
+    note, gone = mine/'nbs/00_export.ipynb', mine/'nbs/01_datasets.ipynb'
+    note.write_text('my notes')
+    gone.unlink()
+    (mine/'mine.py').write_text('mine')
+    run(reader/'exp-lab', mine)
+    assert files(mine) == {**got, 'nbs/00_export.ipynb': b'my notes', 'mine.py': b'mine'}
+
+
+def test_what_its_notebooks_point_to_is_in_the_folder(reader, tmp_path):
+    "Links in prose; and in code what lies outside of nbs/."
+    run(reader/'exp-lab', tmp_path)
+    points = 0
+    for p in [tmp_path/'README.md', *tmp_path.glob('docs/*.md'), *tmp_path.glob('nbs/**/*.ipynb')]:
+        cells = json.loads(p.read_text(encoding='utf-8'))['cells'] if p.suffix == '.ipynb' else [dict(cell_type='markdown', source=p.read_text(encoding='utf-8'))]
+        for c in cells:
+            pattern = {'markdown': r'\]\((?!\w+:|#)([^)\s#]+)', 'code': r"['\"]((?:\.\./)+(?:exp|experiments)/[\w.]+)['\"]"}[c['cell_type']]
+            for to in re.findall(pattern, ''.join(c['source'])):
+                points += 1
+                assert (p.parent/to).exists(), f'{p.name}: {to}'
+    assert points > 100
+
+
+def test_a_folder_that_cannot_be_written_is_said(reader, tmp_path):
+    (tmp_path/'taken').write_text('a file')
+    assert 'Traceback' not in run(reader/'exp-lab', tmp_path/'taken', fails=True)
+    assert (tmp_path/'taken').read_text() == 'a file'
