@@ -40,7 +40,7 @@ def main(args=None):
     except OSError as e:
         print(f'exp-lab: {e}', file=sys.stderr)
         return 2
-    print(f'{new} new files in {to}' + (f'; {old} were there, and stayed as they were' if old else ''))
+    print(f'{new} new files in {to}' + (f'; {old} stay as they were' if old else ''))
     print(f'To open the course:\n\n    cd "{to}"\n    {OPEN}\n')
     if not find_spec('jupyterlab'): print('There is no JupyterLab yet: pip install "lesson11[nb]"')
     print('To change the package as well: pip install -e . in that folder.')
