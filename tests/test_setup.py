@@ -12,8 +12,10 @@ import time
 import urllib.request
 import zipfile
 
+import clean_notebook
+import nbformat
 import pytest
-from conftest import ROOT
+from conftest import NBS, ROOT
 
 try: import tomllib
 except ImportError: import tomli as tomllib
@@ -233,3 +235,56 @@ def test_a_folder_that_cannot_be_written_is_said(reader, tmp_path):
     (tmp_path/'taken').write_text('a file')
     assert 'Traceback' not in run(reader/'exp-lab', tmp_path/'taken', fails=True)
     assert (tmp_path/'taken').read_text() == 'a file'
+
+
+# a container, a filter for git
+
+SIZE = dict(type='string', pattern=r'^\d+([tgmk]b)?$')
+CONTAINER = dict(properties=dict(                          # what containers.dev/implementors/json_reference says of the fields we use
+    name=dict(type='string'), image=dict(type='string'), postCreateCommand=dict(type='string'),
+    hostRequirements=dict(properties=dict(cpus=dict(type='integer', minimum=1), memory=SIZE, storage=SIZE, gpu=dict(enum=[True, False, 'optional'])), additionalProperties=False),
+    customizations=dict(properties=dict(vscode=dict(properties=dict(
+        extensions=dict(type='array', items=dict(type='string', pattern=r'^[\w-]+\.[\w-]+$')), settings=dict(type='object')), additionalProperties=False)))),
+    required=['image'], additionalProperties=False)
+
+
+def test_the_container_is_described_as_its_readers_expect():
+    jsonschema = pytest.importorskip('jsonschema')
+    c = json.loads((ROOT/'.devcontainer/devcontainer.json').read_text())
+    jsonschema.Draft202012Validator(CONTAINER).validate(c)
+    assert c['postCreateCommand'].split()[0] == 'make' and 'pip install' in run(tool('make'), '-nB', *c['postCreateCommand'].split()[1:], cwd=ROOT)
+    assert c['customizations']['vscode']['settings']['python.defaultInterpreterPath'] == '.venv/bin/python'
+
+
+def as_jupyterlab_saves(nb):
+    nb['metadata'] = dict(kernelspec=dict(display_name='Python 3 (ipykernel)', language='python', name='python3'), widgets={},
+                          language_info=dict(name='python', version='3.13.1', mimetype='text/x-python', codemirror_mode=dict(name='ipython', version=3)))
+    for c in nb['cells']:
+        c['metadata'] |= dict(scrolled=True, editable=True)
+        if c['cell_type'] == 'code': c['metadata']['execution'] = {'iopub.execute_input': '2026-01-01T00:00:00Z'}
+
+
+@pytest.mark.parametrize('path', NBS, ids=[p.stem for p in NBS])
+def test_a_clean_notebook_is_as_it_is_committed(path):
+    "As data: the order of its keys may be another."
+    nb = path.read_text(encoding='utf-8')
+    assert clean_notebook.clean(json.loads(nb)) == json.loads(nb)
+
+
+def test_with_the_filter_git_sees_no_change_in_a_notebook_that_was_only_opened(tmp_path):
+    git, path, lesson = tool('git'), tmp_path/'a.ipynb', json.loads((ROOT/'nbs/05_annealing.ipynb').read_text(encoding='utf-8'))
+    def staged():
+        run(git, 'add', path, cwd=tmp_path)
+        return run(git, 'ls-files', '-s', cwd=tmp_path)
+    def save(): nbformat.write(nbformat.from_dict(lesson), path)
+    run(git, 'init', '-q', tmp_path)
+    save()
+    before = staged()
+    (tmp_path/'.git/info/attributes').write_text('*.ipynb filter=notebook\n')
+    run(git, 'config', 'filter.notebook.clean', f"'{sys.executable}' '{ROOT}/tests/clean_notebook.py'", cwd=tmp_path)
+    as_jupyterlab_saves(lesson)
+    save()
+    assert staged() == before
+    lesson['cells'][-1]['source'] = 'another'
+    save()
+    assert staged() != before
