@@ -36,7 +36,7 @@ test: $(VENV)/stamp-dev      ## every test, every notebook among them, a process
 
 lab: $(VENV)/stamp-dev       ## open the course in JupyterLab
 	@echo "== JupyterLab on the repository, at nbs/index.ipynb"
-	@$(BIN)/jupyter lab --notebook-dir=. nbs/index.ipynb $(ARGS)
+	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
 
 export: $(VENV)/stamp-dev    ## nbs/ -> exp/, tables of notebooks into nbs/index.ipynb, README.md from it
 	@echo "== exporting nbs/ to exp/"

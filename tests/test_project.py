@@ -122,7 +122,7 @@ def test_distributions_hold_what_they_should(tmp_path, checkout):
     names = zipfile.ZipFile(wheel).namelist()
     assert sorted(names) == sorted(zipfile.ZipFile(straight).namelist())
     assert {n for n in names if n.startswith('exp/')} == {f'exp/{p.stem}.py' for p in (ROOT/'exp').glob('*.py') if p.stem != '_modidx'} | {'exp/py.typed'}
-    assert not [n for n in names if n.split('/')[0] not in ('exp',) and '.dist-info/' not in n]
+    assert not [n for n in names if n.split('/')[0] not in ('exp', 'lesson11') and '.dist-info/' not in n]
     meta = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith('METADATA'))).decode()
     assert f"Version: {cfg['version']}" in meta
     assert {re.match(r'[\w-]+', r)[0].lower() for r in re.findall(r'^Requires-Dist: ([^;\n]+)$', meta, re.M)} == required('requirements')
