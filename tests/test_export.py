@@ -17,8 +17,10 @@ PYPROJECT = '[tool.nbdev]\nlib_path = "exp"\nnbs_path = "nbs"\nexport_procs = ["
             'put_version_in_init = false\nupdate_pyproject = false\n'
 
 
-def write_nb(path, *sources, ids=True):
-    cells = [dict(cell_type='code', source=s, metadata={}, outputs=[], execution_count=None, **({'id': f'c{i}'} if ids else {})) for i, s in enumerate(sources)]
+def write_nb(path, *sources, ids=None, kind='code'):
+    "A notebook of these cells; the last is of this kind."
+    cells = [dict(cell_type='code', source=s, metadata={}, outputs=[], execution_count=None, **({'id': f'c{i}'} if ids is None else ids)) for i, s in enumerate(sources)]
+    cells[-1]['cell_type'] = kind
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)), encoding='utf-8')
     return path
@@ -96,7 +98,7 @@ def test_both_spellings_give_the_same_bytes(project, form):
     (['#default_exp a', '#export\nx = (1,', '#export\n2)'], 'cell 2:line 2: SyntaxError'),
     # what looks like a mark, and is none
     *[(['#default_exp a', '#export\ny = 1', f'{mark}\nx = 1'], 'cell 3:line 1: ') for mark in
-      ('#export core', '#exporti core', '#export -s', '#exprot', '#Export', '# EXPORT', '#exports i', '#export: all', '#| exprot', '#| export core', '#exprt', '##export', '#default_exp', '#defualt_exp a',
+      ('#export core', '# export core', '#export_and_show', '#default-exp b', '#exporti core', '#export -s', '#exprot', '#Export', '# EXPORT', '#exports i', '#export: all', '#| exprot', '#| export core', '#exprt', '##export', '#default_exp', '#defualt_exp a',
        '# eport', '#|default_export b')],
     (['#default_exp a', 'import os\n#export'], 'cell 2:line 2: '), (['#default_exp a', 'import os\n# export\nx = 1'], 'cell 2:line 2: '),
     (['#default_exp a', 'import os  #export'], 'cell 2:line 1: '), (['#default_exp a', '!ls\n%time f()\n#| export\nx = 1'], 'cell 2:line 3: '),
@@ -110,7 +112,16 @@ def test_errors_name_notebook_cell_and_line(project, sources, where):
     assert tree(project) == before
 
 
-@pytest.mark.parametrize('prose', ['# export batches', '# export the batch to disk', '# default_exp is the mark', 'y = 1  # export', 's = """\n#export\n#exprot\n"""', "s = '#export core'",
+@pytest.mark.parametrize('kind', ['markdown', 'raw'])
+@pytest.mark.parametrize('mark', ['#export', '#| export'])
+def test_a_mark_in_a_cell_of_text_is_named(project, mark, kind):
+    write_nb(project/'nbs/00_a.ipynb', '#default_exp a', f'{mark}\nx = 1', kind=kind)
+    with pytest.raises(ex.ExportError, match='nbs/00_a.ipynb:cell 2: '): ex.build(project)
+    write_nb(project/'nbs/00_a.ipynb', '#default_exp a', '#export\nx = 1', '# export\nas a title', kind=kind)
+    assert ex.build(project)
+
+
+@pytest.mark.parametrize('prose', ['y = 2  # export batches', '# export the batch to disk', '# default_exp is the mark', 'y = 1  # export', 's = """\n#export\n#exprot\n"""', "s = '#export core'",
                                    '#export(x)', '# exporter', '#exported = [1]', '# import', '#| echo: false', '#hide', '# expected', '#for export in x: pass', '#| hide'])
 def test_prose_stays_prose(project, prose):
     write_nb(project/'nbs/00_a.ipynb', '#default_exp a', '#export\nx = 1', f'{prose}\nx + 1')
@@ -131,9 +142,10 @@ def test_a_file_that_is_no_notebook(project, text):
     with pytest.raises(ex.ExportError, match='nbs/00_a.ipynb: not a notebook'): ex.build(project)
 
 
-def test_cells_without_ids_are_named(project):
+@pytest.mark.parametrize('ids', [{}, {'id': None}, {'id': ''}])
+def test_cells_without_ids_are_named(project, ids):
     "nbdev draws an id at random, and no two exports would be the same."
-    write_nb(project/'nbs/00_a.ipynb', '#default_exp a', 'x', '#export\nx = 1', ids=False)
+    write_nb(project/'nbs/00_a.ipynb', '#default_exp a', 'x', '#export\nx = 1', ids=ids)
     with pytest.raises(ex.ExportError, match='nbs/00_a.ipynb:cell 3: .* id'): ex.build(project)
 
 
