@@ -26,8 +26,8 @@ def plot_matrix(cm, names, title=''):
     fig, ax = plt.subplots(figsize=[min(.42*n + 1.6, 12)]*2, dpi=70)
     ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     ax.set(title=title, xlabel='predicted', ylabel='true')
-    ax.set_xticks(range(n), names, rotation=90)
-    ax.set_yticks(range(n), names)
+    ax.set_xticks(range(n), names, rotation=90, parse_math=False)
+    ax.set_yticks(range(n), names, parse_math=False)
     for i, j in cm.nonzero().tolist() if n <= 30 else []:
         ax.text(j, i, int(cm[i, j]), ha='center', va='center', fontsize=8,
                 color='white' if share[i, j] > .5 else 'black')
@@ -38,7 +38,7 @@ def plot_matrix(cm, names, title=''):
 def loss_of_each(loss_func, preds, targets):
     "The loss of each item (N,), that of a batch of one; float32 on the CPU."
     losses = [loss_func(p[None], t[None]) for p, t in zip(preds, targets)]
-    return torch.stack([l.detach().float().mean() for l in losses]).cpu()
+    return torch.tensor([l.mean().item() for l in losses])
 
 # %% ../nbs/11a_interpret.ipynb #2cfde2fe
 def behind(data, dl):
@@ -55,7 +55,8 @@ def behind(data, dl):
 def output_names(vocab, preds) -> list:
     "A readable name for each column of `preds` (N, C); beyond the labels in `vocab` a number."
     n = preds.shape[-1]
-    return [*map(readable, vocab or []), *map(str, range(len(vocab or []), n))]
+    words = [*map(readable, vocab or []), *map(str, range(len(vocab or []), n))]
+    return [w.encode('utf-8', 'backslashreplace').decode() for w in words]
 
 class Interpretation:
     """Predictions on one set of items, made once and in order, and what one asks of them.
@@ -63,6 +64,7 @@ class Interpretation:
     `preds` (N, C): scores; `targets` (N,): class indices, or what else the loss takes; `losses`
     (N,); `vocab`: a label per class; `files`: a name per item; `item(i)`: input i (C, H, W)."""
     def __init__(self, preds, targets, losses=None, vocab=None, files=None, item=None):
+        if not len(preds): raise ValueError('there is no item to interpret')
         self.preds, self.targets, self.files, self.item = preds, targets, files, item
         self.losses = loss_of_each(F.cross_entropy, preds, targets) if losses is None else losses
         self.probs, self.decoded = preds.double().softmax(-1), preds.argmax(-1)

@@ -59,13 +59,12 @@ def _lookalikes(source):
     "`(line, text)` of each comment that looks like a mark, and is none."
     marks = {i + 1 for i, _, _ in classic_directives(source)}
     for line, text, own in _comments(source):
-        m = re.match(r'#+(\s*\|\s*|\s*)(\w+)\s*([^\s(=.\[]*)', text)
-        if not m or line in marks: continue
-        gap, word, rest = m[1], m[2].lower(), text[m.end(2):].strip()
-        prose = gap.isspace() and (rest or not own or word in _PROSE)
-        code = rest and not m[3]                           # `#export(x)`, put out of action
-        if prose or code: continue
-        if difflib.get_close_matches(word, _NAMES, cutoff=.8): yield line, text
+        m = re.match(r'#+(\s*\|\s*|\s*)([\w-]+)(\s*[(=\[]|\.\w)?(.*)', text)
+        if not m or m[3] or line in marks: continue        # `#export(x)`: code, put out of action
+        word, more = m[2].lower().replace('-', '_'), m[4].split()
+        prose = m[1].isspace() and (not own or len(more) > 1 or word in _PROSE)
+        near = difflib.get_close_matches(word, _NAMES, cutoff=.8)
+        if (near or word.startswith('export')) and not prose: yield line, text
 
 # %% ../nbs/00_export.ipynb #5ad8bfa3
 def read_notebook(path):
@@ -98,8 +97,10 @@ def parse(path, source, cell=None):
 def _code_cells(path):
     "Its cells of code: `(cell number, cell, {mark: argument})`."
     for n, cell in enumerate(read_notebook(path)['cells'], 1):
-        if cell.get('cell_type') != 'code': continue
-        yield n, cell, {name: arg for _, name, arg in classic_directives(cell['source'])}
+        if cell.get('cell_type') == 'code':
+            yield n, cell, {name: arg for _, name, arg in classic_directives(cell['source'])}
+        elif re.match(r'#(\|\s*)?(export|default_exp)', cell['source']):
+            raise ExportError(path, 'a mark in a cell that is no code', n)
 
 def module_name(path):
     "The module that the notebook at `path` makes, or None."
@@ -111,7 +112,7 @@ def _exported(path):
             said = f'{text!r} looks like a mark and is none: #export or #default_exp NAME, on top'
             raise ExportError(path, said, n, line)
         if not marks.keys() & {'export', 'exporti', 'exports'}: continue
-        if 'id' not in cell: raise ExportError(path, 'the cell has no id: save it in Jupyter', n)
+        if not cell.get('id'): raise ExportError(path, 'the cell has no id: save it in Jupyter', n)
         yield n, cell['source']
 
 # %% ../nbs/00_export.ipynb #7737eefb

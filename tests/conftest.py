@@ -39,19 +39,24 @@ def pytest_xdist_auto_num_workers(config):
 
 
 @pytest.fixture(scope='session')
-def data_home(tmp_path_factory):
-    "One data folder for the session and all its processes (`-n`), with the drawn sample in it: the first to come draws it."
-    from exp.datasets import URLs, untar_data
+def home(tmp_path_factory):
+    "One data folder for the session and all its processes (`-n`)."
     base = tmp_path_factory.getbasetemp()
-    home = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'fastai'
+    return (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'fastai'
+
+
+@pytest.fixture(scope='session')
+def data_home(home):
+    "The same with the drawn sample in it: the first test that wants it draws it."
+    from exp.datasets import URLs, untar_data
     untar_data(URLs.SAMPLE, base=home/'data')                                          # two at once: one works, the others wait for it
     return home
 
 
 @pytest.fixture(autouse=True)
-def no_real_home(data_home, monkeypatch):
+def no_real_home(home, monkeypatch):
     "No test reads or writes the reader's own ~/.fastai, nor goes to a mirror it did not make."
-    monkeypatch.setenv('FASTAI_HOME', str(data_home))
+    monkeypatch.setenv('FASTAI_HOME', str(home))
     monkeypatch.delenv('EXP_MIRROR', raising=False)
     monkeypatch.delenv('EXP_DATA', raising=False)
     for k in ('no_proxy', 'NO_PROXY'): monkeypatch.setenv(k, '*')                      # servers of tests are on this machine

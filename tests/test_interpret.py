@@ -64,6 +64,19 @@ def test_what_has_no_classes_is_refused():
     assert Interpretation(never, t).confusion_matrix().sum() == 6
 
 
+def test_no_items_are_refused(learn):
+    x, none = torch.rand(4, 3, 16, 16), torch.full((4,), -100)                    # -100: no label counts
+    for make in (lambda: Interpretation(torch.zeros(0, 3), none[:0]), lambda: Interpretation.from_learner(learn, [(x, none)]), lambda: Interpretation.from_learner(learn, [])):
+        with pytest.raises(ValueError): make()
+
+
+def test_names_are_no_formulas():
+    it = random_interp(30, 5, vocab=['$\\frac$', 'a\\b', '$', 'caf\udce9', '{x}_$y$'])                # \udce9: a name that is not UTF-8
+    fig = it.plot_confusion_matrix()
+    fig.savefig(io.BytesIO())
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ['$\\frac$', 'a\\b', '$', 'caf\\udce9', '{x}_$y$']
+
+
 @pytest.mark.parametrize('loss', [F.cross_entropy, nn.CrossEntropyLoss(reduction='sum'), nn.CrossEntropyLoss(reduction='none'),
                                   partial(F.cross_entropy, label_smoothing=.1), lambda p, y: (-p.log_softmax(1)[torch.arange(len(y)), y]).mean()], ids=range(5))
 def test_losses_of_items(loss):
