@@ -37,8 +37,7 @@ class RandomTransform:
     """Base of transforms that draw: with probability `p` an item goes through `apply`, else it
     comes back as it is. `generator`: None for torch's global one."""
     _order, generator = 11, None            # after the resize (10), before it is a tensor (20)
-    def __init__(self, p: float = .5):
-        self.p = within('p', p, 0, 1)
+    def __init__(self, p: float = .5): self.p = within('p', p, 0, 1)
     def rand(self, n=1): return uniform(n, self.generator).tolist()
     def __call__(self, item):
         return self.apply(item) if self.p and self.rand()[0] < self.p else item
@@ -274,10 +273,9 @@ def _new_generator(seed):
 
 def only_pictures_move(run):
     "Raises `TypeError` where targets are pictures, too, and would stay where they are."
-    y = getattr(run, 'yb', None)
-    if getattr(y, 'ndim', 0) > 2 and y.shape[-2:] == run.xb.shape[-2:]:
-        raise TypeError('targets are pictures and would not be moved along: move both by the same '
-                        'draw (`Augment.draw`, notebook 10a)')
+    shape = getattr(getattr(run, 'yb', None), 'shape', ())
+    if len(shape) > 2 and shape[-2:] == run.xb.shape[-2:]:
+        raise TypeError('targets are pictures and would stay: move both by `Augment.draw` (10a)')
 
 class BatchAugment(Callback):
     """Sends training batches through `tfms`, on their device, before they are normalised. They draw
