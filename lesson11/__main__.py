@@ -42,8 +42,8 @@ def main(args=None):
         return 2
     kept = f'; {old} stay as they were' if old else ''
     need = '' if find_spec('jupyterlab') else '    pip install "lesson11[nb]"\n'
-    print(f'{new} new files in {to}{kept}\nTo open the course:\n\n    cd "{to}"\n{need}    {OPEN}\n\n'
-          'To change the package as well: pip install -e . in that folder.')
+    print(f'{new} new files in {to}{kept}\nTo open the course:\n\n    cd "{to}"\n{need}    {OPEN}\n'
+          '\nTo change the package as well: pip install -e . in that folder.')
     return 0
 
 
