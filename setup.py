@@ -35,7 +35,7 @@ if cfg['repository']:
     files = cfg['repository'] + '/blob/main/'
     urls |= {'Source': cfg['repository'], 'Changes': files + 'CHANGELOG.md'}
     readme = re.sub(r'\]\((?!https?:|#)', f']({files}', readme)           # read elsewhere, its links must lead here
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('nb', 'dev', 'bench')}
+extras = {name.removesuffix('_requirements'): of.split() for name, of in cfg.items() if name.endswith('_requirements')}
 setup(
     name=cfg['name'], version=cfg['version'], description=cfg['description'], author=cfg['author'], license=cfg['license'],
     license_files=['LICENSE'], classifiers=cfg['classifiers'].strip().splitlines(), project_urls=urls,

@@ -40,10 +40,10 @@ def main(args=None):
     except OSError as e:
         print(f'exp-lab: {e}', file=sys.stderr)
         return 2
-    print(f'{new} new files in {to}' + (f'; {old} stay as they were' if old else ''))
-    print(f'To open the course:\n\n    cd "{to}"\n    {OPEN}\n')
-    if not find_spec('jupyterlab'): print('There is no JupyterLab yet: pip install "lesson11[nb]"')
-    print('To change the package as well: pip install -e . in that folder.')
+    kept = f'; {old} stay as they were' if old else ''
+    need = '' if find_spec('jupyterlab') else '    pip install "lesson11[nb]"\n'
+    print(f'{new} new files in {to}{kept}\nTo open the course:\n\n    cd "{to}"\n{need}    {OPEN}\n'
+          '\nTo change the package as well: pip install -e . in that folder.')
     return 0
 
 

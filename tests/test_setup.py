@@ -38,6 +38,14 @@ def tool(name):
     return found or pytest.skip(f'no {name} here: pip install -e ".[dev]"')
 
 
+def new_venv(folder, *installed, **env):
+    "A venv in `folder` with `installed` and nothing that it requires; its folder of commands."
+    pytest.importorskip('pip')                             # uv's own venvs have none
+    run(sys.executable, '-m', 'venv', '--without-pip', folder)
+    run(sys.executable, '-m', 'pip', '--python', folder/BIN/'python', 'install', '--no-deps', '--no-index', *installed, **env)
+    return folder/BIN
+
+
 def copy_project(to):
     "What git has of the project, without its tests."
     away = shutil.ignore_patterns('.*', '__pycache__', 'runs', 'build', 'dist', '*.egg-info', 'uv.lock', 'tests', 'benchmarks', '_modidx.py')
@@ -109,11 +117,9 @@ def test_uv_finds_all_that_is_required(tmp_path):
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
     "The Python of a new venv in which this folder is installed as `make` does it, `pip install -e`, without what it requires."
-    venv = tmp_path_factory.mktemp('venv')
-    run(sys.executable, '-m', 'venv', '--without-pip', venv)
-    root = copy_project(venv/'lesson11')
-    run(sys.executable, '-m', 'pip', '--python', venv/BIN/'python', 'install', '--no-deps', '--no-build-isolation', '--no-index', '-e', root, PYTHONPATH=HERE)
-    return venv/BIN/'python', root
+    folder = tmp_path_factory.mktemp('venv')
+    root = copy_project(folder/'lesson11')
+    return new_venv(folder, '--no-build-isolation', '-e', root, PYTHONPATH=HERE)/'python', root
 
 
 def test_an_editor_finds_the_package_from_another_folder(installed, tmp_path):
@@ -193,10 +199,7 @@ def test_the_wheel_says_what_it_is(wheel):
 @pytest.fixture(scope='module')
 def reader(wheel, tmp_path_factory):
     "The commands of a new venv with the wheel in it."
-    venv = tmp_path_factory.mktemp('reader')
-    run(sys.executable, '-m', 'venv', '--without-pip', venv)
-    run(sys.executable, '-m', 'pip', '--python', venv/BIN/'python', 'install', '--no-deps', '--no-index', wheel)
-    return venv/BIN
+    return new_venv(tmp_path_factory.mktemp('reader'), wheel)
 
 
 def files(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob('*') if p.is_file()}
