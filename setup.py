@@ -17,7 +17,7 @@ class WithoutIndex(build_py):
         return [m for m in super().find_package_modules(package, package_dir) if m[1] != '_modidx']
 
 
-extras = {name: cfg[f'{name}_requirements'].split() for name in ('nb', 'dev', 'bench')}
+extras = {name: cfg[f'{name}_requirements'].split() for name in ('nb', 'dev', 'docs', 'bench')}
 setup(
     name=cfg['name'], version=cfg['version'], description=cfg['description'], author=cfg['author'], license=cfg['license'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
