@@ -6,7 +6,7 @@ SHELL  := /bin/bash
 ARGS   ?=
 JOBS   ?= auto
 
-.PHONY: run test lab export readme bench clean lint help
+.PHONY: run test lab export readme docs bench clean lint help
 .DELETE_ON_ERROR:
 
 $(VENV)/stamp-run: settings.ini setup.py pyproject.toml
@@ -18,7 +18,14 @@ $(VENV)/stamp-run: settings.ini setup.py pyproject.toml
 
 $(VENV)/stamp-dev: $(VENV)/stamp-run
 	@echo "== adding the notebook and test tools to $(VENV) (once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[nb,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[nb,dev,docs]'
+	@touch $@
+
+# The site is made of text: neither the package nor torch need be there.
+$(VENV)/stamp-docs: settings.ini
+	@echo "== adding Sphinx to $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c "import configparser as c; i=c.ConfigParser(); i.read('settings.ini'); print(i['DEFAULT']['docs_requirements'])")
 	@touch $@
 
 $(VENV)/stamp-bench: $(VENV)/stamp-dev
@@ -47,6 +54,12 @@ readme: $(VENV)/stamp-dev    ## tables of notebooks into nbs/index.ipynb, README
 	@echo "== tables of notebooks into nbs/index.ipynb, README.md from it"
 	@$(BIN)/python tests/house.py --index
 	@$(BIN)/python -m exp.export --readme
+
+docs: $(VENV)/stamp-docs     ## the course as a site and a book: build/site/index.html, build/lesson11.epub; no notebook is run
+	@echo "== the course as build/site/index.html and build/lesson11.epub"
+	@$(BIN)/python -m sphinx -q -W --keep-going -j auto -d build/doctrees -c docs . build/site $(ARGS)
+	@$(BIN)/python -m sphinx -q -b epub -D html_math_renderer=mathml -d build/epub-doctrees -c docs . build/epub $(ARGS)
+	@cp build/epub/lesson11.epub build/
 
 lint: $(VENV)/stamp-dev      ## what ruff finds to complain of, in notebooks too
 	@$(BIN)/ruff check .

@@ -135,7 +135,7 @@ def test_distributions_hold_what_they_should(tmp_path, checkout):
 
 def test_make_help_lists_every_task():
     tasks = re.findall(r'^([a-z]+):', (ROOT/'Makefile').read_text(), re.M)
-    assert {'run', 'test', 'lab', 'export', 'readme', 'lint', 'bench', 'clean', 'help'} == set(tasks)
+    assert {'run', 'test', 'lab', 'export', 'readme', 'docs', 'lint', 'bench', 'clean', 'help'} == set(tasks)
     if not shutil.which('make'): pytest.skip('there is no make here')
     said = subprocess.run(['make', '--no-print-directory', 'help'], cwd=ROOT, capture_output=True, text=True).stdout
     assert [l.split()[0] for l in said.splitlines()] == tasks and all(len(l.split()) > 3 for l in said.splitlines())
