@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'VERSION', 'HOLDS', 'PLAIN', 'plain', 'CheckpointError', 's
            'read_file', 'check_model', 'same_kind', 'brief', 'opt_state', 'load_opt', 'save', 'load']
 
 # %% ../nbs/09ca_files.ipynb #b0744794
-import contextlib, copy, io, os, pickle, re, secrets, time, warnings, zipfile
+import contextlib, copy, io, os, pickle, pickletools, re, secrets, time, warnings, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -92,22 +92,37 @@ def write_file(path, kind, state) -> None:
     write_atomic(path, lambda f: f.write(out.getbuffer()))
 
 # %% ../nbs/09ca_files.ipynb #7a6a2b3a
+_KNOWN = re.compile(r'collections OrderedDict|torch (\w+Storage|[a-z]+\d+\w*)|torch\.storage '
+                    r'UntypedStorage|torch\._utils _rebuild_(tensor_v[23]|parameter)')
+
+def _scan(code):
+    "Raise `ValueError` where a pickle names more than tensors need, or takes a tuple twice."
+    tuples, last = set(), ''
+    for op, arg, _ in pickletools.genops(code):
+        if op.name == 'GLOBAL' and not _KNOWN.fullmatch(arg):
+            raise ValueError(f'it holds code ({arg.replace(" ", ".")[:80]}), and none was run')
+        if 'GET' in op.name and arg in tuples: raise ValueError('it holds a tuple twice')
+        if 'PUT' not in op.name: last = op.name
+        elif 'TUPLE' in last: tuples.add(arg)
+
 def _load(path):
     "What is in a file of torch's: Python checks it and hands torch a clean copy."
     if not path.is_file(): raise ValueError('there is no such file')
     clean = io.BytesIO()
     with open(path, 'rb') as f:
-        if f.read(1) == b'\x80': raise ValueError('it is a bare pickle, and none of it was run')
+        if f.read(1) == b'\x80': raise ValueError('it is a bare pickle, and none was run')
         with zipfile.ZipFile(f) as z, zipfile.ZipFile(clean, 'w') as out:
-            small = sum(i.file_size for i in z.infolist()) <= path.stat().st_size
+            size = sum(i.file_size for i in z.infolist())
+            small = size <= path.stat().st_size and len(z.infolist()) < 20_000
             if not small: raise ValueError('it would unpack to more than it is')
-            for i in z.infolist(): out.writestr(i.filename, z.read(i))     # checks the checksum
+            for i in z.infolist():
+                part = z.read(i)                           # checks the checksum
+                if i.filename.lower().endswith('.pkl'): _scan(part)
+                out.writestr(i.filename, part)
     clean.seek(0)
     try: return torch.load(clean, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        name = re.search(r'GLOBAL ([\w.]+)', str(e)) or re.search(r'(\w+\.\w+)', str(e))
-        what = name[1] if name else 'something'
-        raise ValueError(f'it holds code ({what}), and none of it was run') from None
+    except pickle.UnpicklingError:
+        raise ValueError('it holds code, and none was run') from None
 
 # %% ../nbs/09ca_files.ipynb #74486397
 PLAIN = type(None), int, float, str, list, tuple, dict
@@ -211,10 +226,11 @@ def save(learn, path, opt: bool = True) -> Path:
     return Path(path).expanduser()
 
 def _unwrapped(sd, model):
-    "`sd` without what `torch.compile` or DDP put in front of all its names."
-    front = re.match(r'(?:(?:_orig_mod|module)\.)*', str(next(iter(sd), '')))[0]
-    if next(iter(model.state_dict()), '').startswith(front): return sd
-    return {k.removeprefix(front): v for k, v in sd.items()}
+    "`sd` by the names in `model`, whatever `torch.compile` and DDP put into either's."
+    def short(k): return re.sub(r'\b(_orig_mod|module)\.', '', k)
+    mine = {short(k): k for k in model.state_dict()}
+    if sd.keys() == model.state_dict().keys(): return sd
+    return {mine.get(short(k), k): v for k, v in sd.items()}
 
 # %% ../nbs/09ca_files.ipynb #911479d6
 def load(learn, path, opt: bool = True) -> Learner:

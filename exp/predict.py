@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['STATUS', 'read_picture', 'scores_of', 'predict_files', 'ranked', 'in_folder', 'find_pictures', 'Parser', 'get_parser',
-           'one_line', 'say', 'complain', 'checked_device', 'told', 'record', 'write_results', 'predict_all', 'main']
+           'one_line', 'say', 'complain', 'checked_device', 'told', 'record', 'probe', 'write_results', 'predict_all',
+           'gave_out', 'main']
 
 # %% ../nbs/more/11d_exp_predict.ipynb #9626a434
-import argparse, glob, json, os, sys
+import argparse, glob, json, os, stat, sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -22,8 +24,12 @@ from .files import CheckpointError, write_atomic
 # %% ../nbs/more/11d_exp_predict.ipynb #1ed80668
 def read_picture(x, f):
     "`(input, '')`: the file `f` as the item list `x` opens it; `(None, why)` where it cannot."
-    try: return x.one(f), ''
-    except Exception as e: return None, str(e).removeprefix(f'{f}: ')
+    try:
+        there = os.stat(f)                                 # a pipe would be waited for
+        if not stat.S_ISREG(there.st_mode): raise DataError('no regular file')
+        if there.st_size > 2**30: raise DataError('larger than a picture can be')
+        return x.one(f), ''
+    except Exception as e: return None, str(e).removeprefix(f'{f}: ') or type(e).__name__
 
 def scores_of(learn, xs):
     "A row of scores for each input: as one batch, where they have one shape."
@@ -66,27 +72,35 @@ def ranked(learn, pred, k: int = 1) -> list:
 
 # %% ../nbs/more/11d_exp_predict.ipynb #22208324
 def in_folder(folder):
-    "All pictures in a folder and its subfolders. Raises `DataError` where there are none."
+    """`(files, n)`: all pictures in a folder and its subfolders, and how many other files there
+    are. Raises `DataError` where there are no pictures."""
     files = get_files(folder, image_extensions, recurse=True)
-    if not files: raise DataError('no pictures in this folder')
-    return [*map(str, files)]
+    others = len(get_files(folder, recurse=True)) - len(files)
+    if not files: raise DataError(f'no pictures in this folder, and {others} other files')
+    return [*map(str, files)], others
 
-def find_pictures(names):
-    "`(files, {name: why})`: files as they are named, pictures in folders, what patterns find."
+def find_pictures(names, others=None):
+    """`(files, {name: why})`: files as they are named, pictures in folders, what patterns find.
+
+    The dict `others` gets how many other files there are, by folder."""
     files, lost = [], {}
-    for name in map(str, names):
+    for name in map(os.path.expanduser, map(str, names)):
         is_pattern = not os.path.exists(name) and glob.has_magic(name)
         hits = sorted(glob.glob(name, recursive=True)) if is_pattern else [name]
         if not hits: lost[name] = 'no file matches'
         for hit in hits:
-            try: files += in_folder(hit) if os.path.isdir(hit) else [hit]
+            try: inside, n = in_folder(hit) if os.path.isdir(hit) else ([hit], 0)
             except DataError as e: lost[hit] = str(e)
+            else:
+                files += inside
+                if n and others is not None: others[hit] = n
     return files, lost
 
 # %% ../nbs/more/11d_exp_predict.ipynb #38bde1a1
 class Parser(argparse.ArgumentParser):
     "A parser of options to which a mistake is one line on stderr and exit status 2."
-    def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
+    def error(self, message): self.exit(2, f'{self.prog}: {one_line(message)}\n')
+    def _print_message(self, message, file=None): say(message.rstrip('\n'), file or sys.stderr)
 
 def _count(s):
     "`s` as a whole number from 1 on, for argparse."
@@ -94,8 +108,9 @@ def _count(s):
     return int(s)
 _count.__name__ = 'int'
 
-STATUS = ('Exit status 0: all predicted; 1: some files could not be read; 2: a mistake in the '
-          'options or the model; 130: interrupted; 141: nobody reads on.')
+STATUS = ('Exit status 0: all pictures predicted (other files in a folder are counted); 1: some '
+          'could not be read; 2: a mistake in the options or the model; 4: the machine has no '
+          'memory left; 130: interrupted; 141: nobody reads on.')
 
 def get_parser() -> Parser:
     "The options of `exp-predict`."
@@ -108,7 +123,8 @@ def get_parser() -> Parser:
     p.add_argument('--top', type=_count, default=1, metavar='K',
                    help='the K likeliest classes of each, not only the first (1)')
     p.add_argument('--bs', type=_count, default=64, help='pictures at a time (64)')
-    p.add_argument('--json', metavar='FILE', help='write the exact results here as well')
+    p.add_argument('--json', metavar='FILE', type=os.path.expanduser,
+                   help='write the exact results here as well')
     p.add_argument('--device', help='cpu, cuda, cuda:1, mps (default: the best there is)')
     return p
 
@@ -149,6 +165,10 @@ def record(f, top) -> dict:
     words = [{'class': l, 'name': readable(l), 'probability': p} for l, p in top]
     return {'file': f, 'top': words}
 
+def probe(file):
+    "Raise `OSError` now where `file` cannot be written later. A pipe's reader would leave."
+    if not Path(file).is_fifo(): open(file, 'a').close()
+
 def write_results(file, results):
     "Write `results` as JSON, whole or not at all."
     text = json.dumps(results, indent=1).encode()
@@ -159,9 +179,12 @@ def predict_all(a, done) -> int:
     """`exp-predict` with the parsed options `a`: a line a file. `done` gets the records. How many
     files failed."""
     learn = load_learner(a.model, device=checked_device(a.device))
-    files, lost = find_pictures(a.files)
-    if a.json: open(a.json, 'a').close()                      # now, not after an hour of predicting
+    others = {}
+    files, lost = find_pictures(a.files, others)
+    if a.json: probe(a.json)                                  # now, not after an hour of predicting
     for name, why in lost.items(): complain(f'{name}: {why}')
+    for name, n in others.items(): complain(f'{name}: {n} files left out, no pictures by name')
+    said = {'model': a.model, 'predictions': done, 'failed': lost, 'left_out': others}
     width = max(map(len, map(one_line, files)), default=0) if sys.stdout.isatty() else 0
     try:
         for f, pred, why in predict_files(learn, files, a.bs):
@@ -173,10 +196,14 @@ def predict_all(a, done) -> int:
             done.append(record(f, top))
             say(told(f, top, width), sys.stdout)
     finally:                                                  # after Ctrl-C too: what there is
-        if a.json: write_results(a.json, {'model': a.model, 'predictions': done, 'failed': lost})
+        if a.json: write_results(a.json, said)
     return len(lost)
 
 # %% ../nbs/more/11d_exp_predict.ipynb #85bb2102
+def gave_out(e) -> bool:
+    "Whether the exception is the machine's: no memory left, or a process that was killed for it."
+    return isinstance(e, MemoryError) or any(w in str(e) for w in ('DataLoader worker', 'allocate'))
+
 def main(args=None) -> int:
     "`exp-predict`; returns its exit status."
     a, done = get_parser().parse_args(args), []
@@ -190,6 +217,9 @@ def main(args=None) -> int:
     except (CheckpointError, DataError, OSError) as e: complain(e)
     except Exception as e:                                    # whole, but no model for pictures
         why = (str(e).splitlines() or [''])[0]
+        if gave_out(e):
+            complain(f'the machine gave out: {why or "no memory left"}')
+            return 4
         complain(f'{a.model}: cannot predict with it ({type(e).__name__}: {why})')
     return 2
 

@@ -586,6 +586,8 @@ def test_names_that_wrappers_put_in_front(front, tmp_path):
     learn = toy()
     torch.save({front + k: v for k, v in learn.model.state_dict().items()}, tmp_path/'w.pt')
     assert same(weights(load(toy(5), tmp_path/'w.pt')), weights(learn))
+    torch.save({k.replace('.', f'.{front}'): v for k, v in learn.model.state_dict().items()}, tmp_path/'w.pt')       # a part of it compiled
+    assert same(weights(load(toy(5), tmp_path/'w.pt')), weights(learn))
     learn.model, wrapped = nn.ModuleDict({'module': learn.model}), toy(5)            # a net may have a layer of that name
     wrapped.model = nn.ModuleDict({'module': wrapped.model})
     assert same(weights(load(wrapped, save(learn, tmp_path/'v.pt'))), weights(learn))

@@ -182,10 +182,23 @@ def test_small_files_that_would_fill_the_memory_or_are_not_plain(what, good, tmp
     refused(tmp_path/'x.pt')
 
 
-def test_a_list_a_hundred_thousand_deep(good, tmp_path):
-    n = 100_000
-    rewritten(good, tmp_path/'x.pt', lambda name, data: b'\x80\2' + b']'*n + b'a'*(n - 1) + b'.' if name.endswith('data.pkl') else data)
+def a_key_of_tuples(depth): return b'\x80\2}K\1\x85q\1' + b'h\1h\1\x86q\1'*depth + b'K\1s.'
+
+
+@pytest.mark.parametrize('code', [b'\x80\2' + b']'*100_000 + b'a'*99_999 + b'.', a_key_of_tuples(60), b'\x80\2c__builtin__\nbytearray\nJ\0\0\0\x7f\x85R.',
+                                  b'\x80\2]ctorch\nTensor\n\x8a\5\0\0\0\0\1\x85Ra.', b'\x80\4\x8c\5posix\x8c\5mkdir\x93.'], ids=['deep', 'key', 'bytes', 'tensor', 'stack'])
+@pytest.mark.parametrize('ending', ['data.pkl', 'DATA.PKL'])
+def test_small_programs_that_would_fill_the_memory_or_never_end(code, ending, good, tmp_path):
+    with zipfile.ZipFile(good) as z, zipfile.ZipFile(tmp_path/'x.pt', 'w') as out:
+        for n in z.namelist(): out.writestr(n.replace('data.pkl', ending), code if n.endswith('data.pkl') else z.read(n))
     refused(tmp_path/'x.pt')
+
+
+def test_all_kinds_of_tensors_are_read(tmp_path):
+    there = {t: torch.ones(2).to(getattr(torch, t)) for t in 'bfloat16 float8_e4m3fn uint16 bool complex64 half int8'.split()}
+    torch.save({**there, 'p': nn.Parameter(torch.ones(2))}, tmp_path/'x.pt')
+    d = read_file(tmp_path/'x.pt', 'weights')['model']
+    assert all(d[k].dtype == t.dtype for k, t in there.items()) and 'p' in d
 
 
 def test_archives_that_unpack_to_more_than_they_are(good, tmp_path):
@@ -198,9 +211,9 @@ def test_archives_that_unpack_to_more_than_they_are(good, tmp_path):
     at = whole.index(b'PK\1\2')
     end = whole.rindex(b'PK\5\6')
     entry = whole[at:end]
-    n = 2000                                                                 # two thousand names for one part
-    x.write_bytes(whole[:at] + entry*n + b'PK\5\6' + struct.pack('<HHHHIIH', 0, 0, n, n, len(entry)*n, at, 0))
-    refused(x)
+    for n in (2000, 65_000):                                                 # so many names for one part
+        x.write_bytes(whole[:at] + entry*n + b'PK\5\6' + struct.pack('<HHHHIIH', 0, 0, n, n, len(entry)*n, at, 0))
+        refused(x)
 
 
 def test_a_second_directory_changes_nothing(good, tmp_path):
