@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EVENTS', 'NO_PASS', 'Callback', 'CancelBatchException', 'CancelEpochException', 'CancelFitException', 'check_events',
            'in_mode', 'Runner', 'get_runner', 'AvgStatsCallback', 'default_device', 'to_device', 'CudaCallback',
-           'BatchTransformXCallback', 'get_hypers', 'Recorder', 'AvgStats', 'DataBunch', 'Dataset', 'accuracy',
-           'batch_len', 'binary_accuracy', 'column_names', 'get_dls', 'metric_name', 'over_the_whole', 'split_batch']
+           'BatchTransformXCallback', 'smoothed', 'get_hypers', 'Recorder', 'AvgStats', 'DataBunch', 'Dataset',
+           'accuracy', 'batch_len', 'binary_accuracy', 'column_names', 'get_dls', 'metric_name', 'over_the_whole',
+           'split_batch']
 
 # %% ../nbs/04_callbacks.ipynb #568b7d40
 import copy, difflib, numbers, re, time
@@ -233,7 +234,15 @@ class BatchTransformXCallback(Callback):
     def __init__(self, tfm): self.tfm = tfm
     def begin_batch(self, run): run.xb = self.tfm(run.xb)
 
-# %% ../nbs/04_callbacks.ipynb #1ba42842
+# %% ../nbs/04_callbacks.ipynb #a469d058
+def smoothed(values, mom: float) -> list:
+    "Moving average of `values`, debiased."
+    avg, out = 0., []
+    for i, v in enumerate(values, 1):
+        avg = mom*avg + (1 - mom)*v
+        out.append(avg/(1 - mom**i))
+    return out
+
 def get_hypers(opt):
     "One dictionary of hyper-parameters a parameter group: `opt.hypers`, else `opt.param_groups`."
     return getattr(opt, 'hypers', None) or opt.param_groups
@@ -261,12 +270,8 @@ class Recorder(Callback):
 
     def plot_loss(self, smooth=.98, ax=None):
         "Loss against batch, with its debiased moving average."
-        avg, ys = 0., []
-        for i, l in enumerate(self.losses, 1):
-            avg = smooth*avg + (1 - smooth)*l
-            ys.append(avg/(1 - smooth**i))
         ax = _draw(self.losses, 'training loss', ax, alpha=.25)
-        ax.plot(ys)
+        ax.plot(smoothed(self.losses, smooth))
         return ax
 
     def plot(self, name, ax=None):

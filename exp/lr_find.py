@@ -6,7 +6,7 @@
 __all__ = ['LR_Find', 'set_seed', 'rng_state', 'set_rng_state', 'own_generators', 'generator_state', 'set_generator_state',
            'loader_state', 'load_loader_state', 'in_order', 'snapshot']
 
-# %% ../nbs/05a_lr_find.ipynb #c51e68ad
+# %% ../nbs/05a_lr_find.ipynb #1304c883
 import os, random
 from functools import partial
 
@@ -16,9 +16,9 @@ from torch.utils.data import (DataLoader, IterableDataset, RandomSampler, Sequen
                               WeightedRandomSampler)
 
 from .callbacks import (Callback, CancelEpochException, CancelFitException, get_hypers,
-                           over_the_whole)
+                           over_the_whole, smoothed)
 
-# %% ../nbs/05a_lr_find.ipynb #7f52a35e
+# %% ../nbs/05a_lr_find.ipynb #a10b7848
 class LR_Find(Callback):
     """Raises the rate geometrically, `min_lr` to `max_lr` in `max_iter` batches, keeps `lrs` and
     `losses`, then ends the fit; earlier, where the loss is NaN or four times its best.
@@ -50,13 +50,7 @@ class LR_Find(Callback):
 
     def begin_validate(self, run): raise CancelEpochException
 
-    def smooth(self, mom: float = .8) -> list:
-        "Debiased moving average of the losses."
-        avg, out = 0., []
-        for i, l in enumerate(self.losses, 1):
-            avg = mom*avg + (1 - mom)*l
-            out.append(avg/(1 - mom**i))
-        return out
+    def smooth(self, mom: float = .8) -> list: return smoothed(self.losses, mom)
 
     @property
     def suggestion(self) -> float:

@@ -70,7 +70,7 @@ class DataBunch:
     def decode(self, pred):
         "A prediction in words, and the numbers behind it; here labels have no words: None."
 
-# %% ../nbs/03_minibatch.ipynb #8ecb325f
+# %% ../nbs/03_minibatch.ipynb #526539b1
 def over_the_whole(m):
     "Whether the metric `m` is an object, for what is no mean over items."
     return all(hasattr(m, k) for k in ('reset', 'update', 'compute'))
@@ -88,6 +88,7 @@ def column_names(metrics):
         names.append(next(n for n in same if n not in names))
     return names
 
+# %% ../nbs/03_minibatch.ipynb #8ecde4f2
 def option(f, k, default=None):
     "What the loss `f`, an object or a `partial`, was made with under the name `k`."
     return getattr(f, 'keywords', {}).get(k, getattr(f, k, default))

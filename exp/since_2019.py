@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from .callbacks import Callback
+from .callbacks import Callback, in_mode
 from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StepCount, adam_step,
                             debias, weight_decay)
 
@@ -127,7 +127,8 @@ class ScheduleFree(Callback):
     def after_pred(self, learn):
         if learn.in_train: self.seen = [*self.seen, learn.xb][-self.n_batches:]
     def average(self, learn):
-        if use_average(learn.opt) and self.n_batches: update_bn(self.seen, learn.model)
+        if use_average(learn.opt) and self.n_batches:
+            with in_mode(learn.model, True): update_bn(self.seen, learn.model)
     def begin_validate(self, learn): self.average(learn)
     def after_fit(self, learn): self.average(learn)
 

@@ -206,7 +206,9 @@ def test_schedule_free_survives_a_look_in_mid_epoch():
 def test_schedule_free_without_validation_renews_batch_norm():
     learn = learner(schedule_free, [ScheduleFree(n_batches=3)])
     learn.data.valid_dl, batches = None, []
+    learn.model[2].eval()
     learn.fit(2, SimpleNamespace(begin_batch=lambda learn: batches.append(learn.xb)))
+    assert learn.model.training and not learn.model[2].training, 'modes are as they were'
     assert learn.opt.hypers[0]['averaged'] and learn.model[1].momentum == .1
     with torch.no_grad(): means = [learn.model[0](x).mean((0, 2, 3)) for x in batches[-3:]]
     assert torch.allclose(learn.model[1].running_mean, torch.stack(means).mean(0), atol=1e-6)
