@@ -259,7 +259,7 @@ def _lost(ds):
     try: needs_main = b'__main__' in pickle.dumps(ds)
     except Exception as e: return e
     if not file: return needs_main and "they lack this notebook's code"
-    if not file.endswith('__main__.py') and b'__main__' not in Path(file).read_bytes():
+    if Path(file).is_file() and b'__main__' not in file.encode() + Path(file).read_bytes():
         return f"{file} starts them with no if __name__ == '__main__': around it"
 
 def choose_workers(ds, num_workers=None, start=None) -> int:
