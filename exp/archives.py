@@ -6,7 +6,7 @@
 __all__ = ['RangeHandler', 'serve', 'make_mirror']
 
 # %% ../nbs/more/01a_archives.ipynb #13ccaa0d
-import contextlib, functools, shutil, threading
+import contextlib, functools, re, shutil, threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -53,11 +53,11 @@ def make_mirror(folder, *urls) -> Path:
     files = [url for url in urls if url != URLs.MNIST]
     if URLs.MNIST in urls: files += [URLs.MNIST + name for name in MNIST_FILES]
     sums = folder/'SHA256SUMS'
-    lines = sums.read_text(encoding='utf-8').splitlines() if sums.exists() else []
+    lines = sums.read_text('utf-8-sig', 'replace').splitlines() if sums.exists() else []
     for url in files:
         got, _ = get_archive(url, folder)
         if got.parent != folder: shutil.copyfile(got, folder/got.name)
-        lines = [l for l in lines if l.split()[1:] != [got.name]]          # an old digest of it
+        lines = [l for l in lines if not re.search(rf'\s(\*|\./)*{re.escape(got.name)}\s*$', l)]
         lines.append(f'{file_digest(got)}  {got.name}')
     sums.write_text('\n'.join(lines) + '\n', encoding='utf-8')
     return folder

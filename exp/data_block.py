@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['ONLY_WORKERS', 'grandparent_splitter', 'split_by_func', 'item_draws', 'SplitData', 'to_plain', 'Processor',
-           'CategoryProcessor', 'parent_labeler', 'ProcessedItemList', 'LabeledData', 'label_by_func', 'item_dl',
-           'first_batch', 'choose_workers', 'last_proc', 'ItemBunch', 'infer_c_out', 'infer_c_in', 'databunchify',
-           'decoded', 'DataBunch', 'ImageList', 'ItemList', 'ListContainer', 'NormalizeBytes', 'ResizeFixed',
-           'get_files', 'image_extensions', 'make_rgb', 'open_image', 'show_image', 'show_images', 'to_byte_tensor',
-           'to_float_tensor']
+           'CategoryProcessor', 'parent_labeler', 'ProcessedItemList', 'is_missing', 'LabeledData', 'label_by_func',
+           'item_dl', 'first_batch', 'choose_workers', 'last_proc', 'ItemBunch', 'infer_c_out', 'infer_c_in',
+           'databunchify', 'decoded', 'DataBunch', 'ImageList', 'ItemList', 'ListContainer', 'NormalizeBytes',
+           'ResizeFixed', 'get_files', 'image_extensions', 'make_rgb', 'open_image', 'show_image', 'show_images',
+           'to_byte_tensor', 'to_float_tensor']
 
-# %% ../nbs/08_data_block.ipynb #c588729a
+# %% ../nbs/08_data_block.ipynb #523cd4b4
 import copy, hashlib, os, pickle, sys, warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,21 +21,23 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from .callbacks import DataBunch
-from .datasets import DataError, readable
+from .datasets import DataError, printable, readable
 from .items import (ImageList, ItemList, ListContainer, NormalizeBytes, ResizeFixed, compose,
                        describe, get_files, image_extensions, item_key, listed, make_rgb,
-                       open_image, pick, same_draws, show_image, show_images,    # noqa: F401
+                       open_image, pick, same_draws, say, show_image, show_images,  # noqa: F401
                        step_name, to_byte_tensor, to_float_tensor, walk)
 
 _all_ = ['DataBunch', 'ImageList', 'ItemList', 'ListContainer', 'NormalizeBytes', 'ResizeFixed',
          'get_files', 'image_extensions', 'make_rgb', 'open_image', 'show_image', 'show_images',
          'to_byte_tensor', 'to_float_tensor']                    # to be had from here, too
 
-# %% ../nbs/08_data_block.ipynb #0fe717af
+# %% ../nbs/08_data_block.ipynb #20585d9d
 def grandparent_splitter(fn, valid_name='valid', train_name='train'):
-    "True for a file two folders below `valid_name`, False below `train_name`, else None: neither."
+    """True for a file two folders below `valid_name`, False below `train_name`, else None: neither.
+    Each may be a list of names."""
     gp = os.path.basename(os.path.dirname(os.path.dirname(fn)))
-    return {valid_name: True, train_name: False}.get(gp)
+    if gp in listed(valid_name): return True
+    if gp in listed(train_name): return False
 
 def split_by_func(items, f):
     "`(train, valid)`: the items where `f(item)` is false, and true; None leaves one out."
@@ -49,7 +52,7 @@ def item_draws(il, seed) -> np.ndarray:
     hashes = (hashlib.blake2b(name, digest_size=8).digest() for name in names)
     return np.array([int.from_bytes(h, 'big')/2**64 for h in hashes])
 
-# %% ../nbs/08_data_block.ipynb #c8cb295e
+# %% ../nbs/08_data_block.ipynb #268a0e2d
 class SplitData:
     """A training and a validation set, `train` and `valid` (item lists, or `LabeledData`), and
     perhaps `test`. Raises `DataError` for an empty side."""
@@ -71,7 +74,7 @@ class SplitData:
     @classmethod
     def split_by_random(cls, il, valid_pct: float = .2, seed: int = 42):
         """About `valid_pct` (0–1) of the items for validation, each decided by its own name and
-        `seed` alone; at least one on each side."""
+        `seed` alone; at least one on each side. (Of each class a share: exp.tables.)"""
         if not 0 < valid_pct < 1: raise ValueError(f'valid_pct is between 0 and 1, not {valid_pct}')
         d = item_draws(il, seed)
         mask = d < valid_pct
@@ -160,8 +163,13 @@ class ProcessedItemList(ListContainer):
         for p in reversed(self.procs): o = p.deproc1(o)
         return o
 
-# %% ../nbs/08_data_block.ipynb #3ace4a7f
-def _missing(label): return label is None or isinstance(label, str) and not label.strip()
+# %% ../nbs/08_data_block.ipynb #6754fc15
+def is_missing(label) -> bool:
+    "None, a blank text, NaN (which differs from itself), or pandas' NA (which will not say)."
+    if isinstance(label, str): return not label.strip()
+    try: return label is None or bool(label != label)
+    except TypeError: return True
+    except (ValueError, RuntimeError): return False                      # several numbers
 
 def _refused(procs, label):
     try: ProcessedItemList([label], [copy.copy(p) for p in listed(procs)])
@@ -169,12 +177,15 @@ def _refused(procs, label):
 
 class LabeledData:
     """Inputs `x` (an `ItemList`) and targets `y` (a `ProcessedItemList`) of one length: `[i]` is a
-    pair. Raises `DataError` naming files that have no label, or one that the processor refuses."""
+    pair. Raises `DataError` naming files that have no label, a number among words, or a label that
+    the processor refuses."""
     def __init__(self, x, y, proc_x=None, proc_y=None):
         y = list(y)
         if len(x) != len(y): raise ValueError(f'{len(x)} inputs but {len(y)} labels')
-        lost = [x.name(i) for i, label in enumerate(y) if _missing(label)]
-        if lost: raise DataError(f'{len(lost)} of {len(y)} have no label: {", ".join(lost[:5])}')
+        text = 2*sum(isinstance(l, str) for l in y) >= sum(not is_missing(l) for l in y)
+        odd = [x.name(i) for i, l in enumerate(y) if is_missing(l) or isinstance(l, str) != text]
+        if odd: raise DataError(f'{len(odd)} of {len(y)} have no label, or one of another kind'
+                                f' — {", ".join(odd[:5])}')
         self.x = x.new(ProcessedItemList(x.items, proc_x).items) if proc_x else x
         self.proc_x, self.proc_y = proc_x, proc_y
         try: self.y = ProcessedItemList(y, proc_y)
@@ -199,33 +210,39 @@ class LabeledData:
     def summary(self, i: int = 0, pictures: bool = True):
         "Prints and draws what item `i` is after each step; says where one breaks. Changes nothing."
         steps = walk(self.x, i)
-        for name, x in steps: print(f'{name:<16} {x if isinstance(x, str) else describe(x)}')
-        print(f'{"label":<16} {self.y_obj(i)} → {self.y[i]}')
+        for name, x in steps: say(f'{name:<16} {x if isinstance(x, str) else describe(x)}')
+        say(f'{"label":<16} {self.y_obj(i)} is {self.y[i]}')
         drawn = {n: x for n, x in steps if isinstance(x, (Image.Image, torch.Tensor))}
         if pictures: show_images(drawn.values(), [*drawn], self.x.name(i), len(drawn))
 
-# %% ../nbs/08_data_block.ipynb #c7527c5f
+# %% ../nbs/08_data_block.ipynb #247ae01f
 def label_by_func(sd, f, proc_x=None, proc_y=None) -> SplitData:
     """Both sides of a `SplitData` labelled by `f(item)`, processors fitted on the training side.
 
     `proc_y` None: a `CategoryProcessor`, for text and whole numbers; `ValueError` for others."""
     if proc_y is None:
-        labels = (to_plain(f(o)) for o in sd.train.items)
-        odd = [l for l in labels if not isinstance(l, (str, int, type(None)))]
-        if odd: raise ValueError(f'label {odd[0]!r} is no class: proc_y= a processor of exp.tables')
+        labels = [to_plain(f(o)) for o in sd.train.items]
+        odd = [l for l in labels if not (isinstance(l, (str, int)) or is_missing(l))]
+        if odd and not any(isinstance(l, str) for l in labels):
+            raise ValueError(f'label {odd[0]!r} is no class: proc_y= a processor of exp.tables')
         proc_y = CategoryProcessor()
     sides = [LabeledData.label_by_func(il, f, proc_x, proc_y) for il in (sd.train, sd.valid)]
     return type(sd)(*sides, sd.test)
 
-# %% ../nbs/08_data_block.ipynb #f05fa783
-def item_dl(ds, bs: int, shuffle=False, seed=None, num_workers=0, drop_last=False, **kwargs):
+# %% ../nbs/08_data_block.ipynb #1df0873e
+ONLY_WORKERS = {'prefetch_factor', 'persistent_workers', 'multiprocessing_context', 'timeout'}
+
+def item_dl(ds, bs: int, shuffle=False, seed=None, num_workers=0, drop_last=False, generator=None,
+            **kwargs):
     """Torch's `DataLoader` over a `LabeledData`, or an `ItemList`: batches `(xb, yb)`, or `xb`.
 
-    Its order is drawn from a generator of its own, seeded by `seed`. `kwargs`: torch's."""
+    Its order is drawn from `generator`, or one of its own, seeded by `seed`. `kwargs`: torch's, but
+    workers never stay: they would go on with old transforms (those of exp.fast_batches look)."""
+    for k in {'persistent_workers'} if num_workers else ONLY_WORKERS: kwargs.pop(k, None)
     if drop_last and len(ds) < bs: raise DataError(f'drop_last: {len(ds)} items, batches of {bs}')
     seed = torch.randint(2**62, ()).item() if seed is None else seed
     return DataLoader(ds, bs, shuffle, num_workers=num_workers, drop_last=drop_last,
-                      generator=torch.Generator().manual_seed(seed), **kwargs)
+                      generator=generator or torch.Generator().manual_seed(seed), **kwargs)
 
 def first_batch(dl):
     "The coming batch of a loader, loaded here and now. The loader stays where it is."
@@ -235,17 +252,24 @@ def first_batch(dl):
         here.num_workers = here.timeout = 0
         return next(iter(here))
 
-# %% ../nbs/08_data_block.ipynb #26b264d9
+# %% ../nbs/08_data_block.ipynb #b5ba224f
+def _lost(ds):
+    "What a fresh Python, which first runs the main script again, would fail at; None: nothing."
+    file = getattr(sys.modules['__main__'], '__file__', '')
+    try: needs_main = b'__main__' in pickle.dumps(ds)
+    except Exception as e: return e
+    if not file: return needs_main and "they lack this notebook's code"
+    if Path(file).is_file() and b'__main__' not in file.encode() + Path(file).read_bytes():
+        return f"{file} starts them with no if __name__ == '__main__': around it"
+
 def choose_workers(ds, num_workers=None, start=None) -> int:
     """`num_workers`, or for None a process a core, at most 8; 0, with a warning, where processes
     that do not start as copies of this one (Windows, macOS) would not find something in `ds`."""
     n = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
-    if not n or (start or torch.multiprocessing.get_start_method()) == 'fork': return n
-    in_notebook = not hasattr(sys.modules['__main__'], '__file__')
-    try: lost = b'__main__' in pickle.dumps(ds) and in_notebook and "they lack this notebook's code"
-    except Exception as e: lost = e
+    if not isinstance(start, str): start = (start or torch.multiprocessing).get_start_method()
+    lost = _lost(ds) if n and start != 'fork' else None
     if not lost: return n
-    warnings.warn(f'loading without worker processes: {lost}', stacklevel=4)
+    warnings.warn(printable(f'loading without worker processes: {lost}'), stacklevel=4)
     return 0
 
 # %% ../nbs/08_data_block.ipynb #aa5c6a8d
@@ -280,7 +304,7 @@ class ItemBunch(DataBunch):
         words = [readable(self.source.train.y.deproc(y)) for y in yb[:n]]
         return show_images(xb[:n], words, describe(xb) if title is None else title)
     def summary(self, i: int = 0, pictures: bool = True):
-        print(self)
+        say(self)
         self.source.summary(i, pictures)
     def __repr__(self):
         words = f'classes: {", ".join(map(readable, (self.classes or ["none"])[:10]))}'
@@ -305,22 +329,22 @@ def infer_c_in(dl):
     xb = b[0] if isinstance(b, (tuple, list)) else b
     return xb.shape[1] if np.ndim(xb) == 4 else None
 
-# %% ../nbs/08_data_block.ipynb #fc363481
-ONLY_WORKERS = 'prefetch_factor', 'persistent_workers', 'multiprocessing_context', 'timeout'
-
+# %% ../nbs/08_data_block.ipynb #9299ed64
 def databunchify(sd, bs: int, c_in=None, c_out=None, *, num_workers=None, seed=None,
                  valid_bs=None, drop_last=False, make_dl=item_dl, **kwargs) -> ItemBunch:
     """An `ItemBunch` of a labelled `SplitData`: batches of `bs` for training, shuffled by `seed`,
     and of `valid_bs` (2·bs) for validation and test. `c_in`, `c_out`: from the data if not given.
 
-    `num_workers`: see `choose_workers`. `make_dl` makes the loaders, called as `item_dl` is."""
+    `num_workers`: see `choose_workers`. `make_dl` makes the loaders, called as `item_dl` is; a
+    `sampler` or `generator` is for training alone."""
     if not hasattr(sd.train, 'y'): raise ValueError('no labels yet: label_by_func comes first')
     n_out, valid_bs = infer_c_out(sd.train), valid_bs or 2*bs
     if c_out and n_out and c_out < n_out: raise ValueError(f'c_out is {c_out}, labels are {n_out}')
     n = choose_workers(sd.train, num_workers, kwargs.get('multiprocessing_context'))
-    for k in [] if n else ONLY_WORKERS: kwargs.pop(k, None)
+    own = {k: kwargs.pop(k) for k in {'sampler', 'generator'} & {*kwargs}}
     make = partial(make_dl, seed=seed, num_workers=n, **kwargs)
-    train, valid = make(sd.train, bs, shuffle=True, drop_last=drop_last), make(sd.valid, valid_bs)
+    train = make(sd.train, bs, shuffle='sampler' not in own, drop_last=drop_last, **own)
+    valid = make(sd.valid, valid_bs)
     test = sd.test and make(sd.test, valid_bs)
     return ItemBunch(train, valid, c_in or infer_c_in(train), c_out or n_out, sd.source or sd, test)
 

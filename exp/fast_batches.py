@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .data_block import (ONLY_WORKERS, ItemList, LabeledData, ResizeFixed, SplitData, pick,
                             same_draws, to_byte_tensor)
-from .datasets import DataError
+from .datasets import DataError, printable
 from .lr_find import rng_state
 
 # %% ../nbs/more/08b_fast_batches.ipynb #9732bc70
@@ -190,8 +190,8 @@ class ItemLoader(DataLoader):
 
     def _tell(self, known):
         new = [f'{f} ({why})' for f, why in self.skipped.items() if f not in known]
-        warnings.warn(f'{len(new):,} of {len(self.source):,} pictures cannot be read and were '
-                      f'skipped: {", ".join(new[:5])}', stacklevel=3)
+        text = f'{len(new):,} of {len(self.source):,} pictures cannot be read and were skipped: '
+        warnings.warn(printable(text + ', '.join(new[:5])), stacklevel=3)
 
     def _look(self):
         "Workers that hold another state of the source than it has now are let go."
@@ -227,6 +227,8 @@ def fast_dl(ds, bs, shuffle=False, seed=None, num_workers=0, drop_last=False, on
     if rows_of(ds) is not None: num_workers = 0
     if not num_workers: kwargs = {k: v for k, v in kwargs.items() if k not in ONLY_WORKERS}
     if not hasattr(ds, 'y'): on_error = 'raise'
+    theirs = {'sampler', 'batch_sampler', 'collate_fn', 'generator'} & {*kwargs}
+    if theirs: raise ValueError(f'{", ".join(theirs)}: item_dl takes it, without make_dl=')
     return ItemLoader(ds, bs, shuffle, seed, on_error, num_workers, drop_last, **kwargs)
 
 # %% ../nbs/more/08b_fast_batches.ipynb #bcf5414f

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .data_block import image_extensions, listed
-from .datasets import DataError
+from .items import ending_in, file_names, image_extensions
 
 # %% ../nbs/more/08d_many_files.ipynb #2417f858
 class PathList:
@@ -33,31 +32,10 @@ class PathList:
     def __repr__(self): return f'{len(self):,} paths in {self.root}'
 
 # %% ../nbs/more/08d_many_files.ipynb #f84b011b
-def _is_folder(entry):
-    try: return entry.is_dir()
-    except OSError: return False                                     # a link to itself
-
-def _names(root, here, seen):
-    "Names of files below the folder `here` of `root`: its own, sorted, then those of its folders."
-    real = os.path.realpath(os.path.join(root, here))
-    if real in seen: return
-    seen.add(real)
-    with os.scandir(os.path.join(root, here)) as found:
-        entries = [(e.name, _is_folder(e)) for e in found if e.name[0] != '.']
-    yield from sorted(here + name for name, folder in entries if not folder)
-    for name in sorted(name for name, folder in entries if folder):
-        yield from _names(root, f'{here}{name}/', seen)
-
-# %% ../nbs/more/08d_many_files.ipynb #fcc4cd8b
 def list_files(path, extensions=image_extensions, include=None) -> PathList:
-    """The files below `path`, folder by folder and sorted, the same on every machine.
+    """The files below `path` as `get_files` gives them, and in its order.
 
     `extensions`: endings, in any case (None: all). `include`: the folders to begin with. Raises
     `DataError` for a folder that cannot be read."""
-    root, seen = os.path.expanduser(path), set()
-    tops = [f'{name}/' for name in listed(include)] or ['']
-    try: names = [n for top in tops for n in _names(root, top, seen)]
-    except OSError as e: raise DataError(f'{e.filename} cannot be read: {e.strerror}') from None
-    endings = {'.' + e.lower().removeprefix('.') for e in listed(extensions)}
-    if endings: names = [n for n in names if os.path.splitext(n)[1].lower() in endings]
-    return PathList(root, names)
+    root = os.path.expanduser(path)
+    return PathList(root, ending_in(file_names(root, include=include), extensions))

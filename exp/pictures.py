@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from .data_block import make_rgb, pick
 from .datasets import DataError
+from .items import opened
 
 # %% ../nbs/more/08a_pictures.ipynb #14f0cbb0
 def any_rgb(item):
@@ -78,18 +79,16 @@ def _plain(size, space, draft, max_pixels):
     return space in ('Gray', 'YCbCr') and size[0]*size[1] <= most and not to_draft
 
 # %% ../nbs/more/08a_pictures.ipynb #174be690
-def _open_fast(fn, draft, max_pixels):
-    """A grey or colour JPEG that lies upright, with nothing to draft, as a PIL image. None for all
-    others, and for broken files: they are Pillow's."""
-    is_jpeg = isinstance(fn, (str, os.PathLike)) and str(fn).lower().endswith(('.jpg', '.jpeg'))
-    decoder = fast_decoder() if is_jpeg else None
-    if decoder is None: return None
+def _open_fast(im, draft, max_pixels):
+    """`im`, of which Pillow has read the header only, decoded: a file with a grey or colour JPEG
+    that lies upright, with nothing to draft. None for all others, and for broken files: they are
+    Pillow's."""
+    decoder = fast_decoder() if im.format == 'JPEG' and im.filename else None
+    if decoder is None or _turned(im): return None
     try:
-        data = Path(fn).read_bytes()
+        data = Path(im.filename).read_bytes()
         *size, space, _ = decoder.decode_jpeg_header(data)
         if not _plain(size, space, draft, max_pixels): return None
-        with _raised(max_pixels), Image.open(io.BytesIO(data), formats=('JPEG',)) as im:
-            if _turned(im): return None                         # of this its header only is read
         if space == 'Gray': return Image.fromarray(decoder.decode_jpeg(data, 'GRAY')[..., 0])
         return Image.fromarray(decoder.decode_jpeg(data, 'RGB'))
     except (ValueError, OSError): return None
@@ -104,11 +103,11 @@ def open_picture(fn, draft=None, max_pixels=None, fast=False) -> Image.Image:
     `draft`: a side; a JPEG more than this many pixels wide and high may be decoded at a half,
     quarter or eighth, never below it. `max_pixels` (width × height) raises Pillow's limit for this
     file. `fast`: plain JPEGs by simplejpeg, where `fast_decoder` has it."""
-    im = _open_fast(fn, draft, max_pixels) if fast else None
-    if im is not None: return im
     try:
-        with _raised(max_pixels): im = Image.open(fn)
+        with _raised(max_pixels): im = opened(fn)
         with im, _raised(None if im.format in _ASKED_ONCE else max_pixels):
+            quick = _open_fast(im, draft, max_pixels) if fast else None
+            if quick is not None: return quick
             if draft: im.draft(None, (draft, draft))
             im.load()
             if _turned(im): ImageOps.exif_transpose(im, in_place=True)

@@ -40,6 +40,10 @@ def test_a_mirror_is_filled_and_used(tmp_path, monkeypatch):
         (stick/'own.tgz').unlink()
         make_mirror(stick, f'{address}/own.tgz')                       # a new one has a new line in the old one's place
     assert (stick/'SHA256SUMS').read_text().count('own.tgz') == 1
+    old = f'\ufeff{"0"*64} *./own.tgz\n'.encode() + b'# caf\xe9\n'          # by another hand: it is read, and its old digest goes
+    (stick/'SHA256SUMS').write_bytes(old + (stick/'SHA256SUMS').read_bytes())
+    with serve(home) as address: make_mirror(stick, f'{address}/own.tgz')
+    assert (stick/'SHA256SUMS').read_text().count('own.tgz') == 1
     with serve(stick) as address:
         monkeypatch.setenv('EXP_MIRROR', address)
         assert (untar_data(URLs.IMAGENETTE_160, base=tmp_path/'data', quiet=True)/'train/a/1.JPEG').exists()

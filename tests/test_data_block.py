@@ -1,8 +1,11 @@
 """exp.items and exp.data_block against torchvision, Pillow and plain walks, with broken files and processes that start by spawn."""
+import io
+import os
 import pickle
 import random
 import subprocess
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +21,13 @@ from torch.utils.data import DataLoader
 from exp import data_block as D
 from exp import datasets
 from exp.data_block import (CategoryProcessor, ImageList, ItemList, LabeledData, ListContainer, NormalizeBytes, ProcessedItemList, Processor, ResizeFixed,
-                            SplitData, decoded, first_batch, get_files, grandparent_splitter, item_dl, label_by_func, make_rgb, open_image, parent_labeler,
-                            to_byte_tensor, to_float_tensor)
+                            SplitData, decoded, first_batch, get_files, grandparent_splitter, image_extensions, item_dl, label_by_func, make_rgb, open_image,
+                            parent_labeler, to_byte_tensor, to_float_tensor)
 from exp.datasets import DataError, URLs, untar_data
+from exp.fast_batches import fast_dl
+from exp.many_files import list_files
+from exp.pictures import open_picture
+from exp.tables import TableLabeler
 
 BYTES = [make_rgb, ResizeFixed(16), to_byte_tensor]
 
@@ -90,7 +97,7 @@ def test_same_files_classes_and_pixels_as_imagefolder(sample):
 
 
 @pytest.mark.parametrize('kw, want', [
-    ({}, ['top.PNG']), (dict(recurse=True), ['top.PNG', 'a/1.jpg', 'a/2.txt', 'b/c/3.jpeg']), (dict(recurse=True, extensions='png'), ['top.PNG']),
+    ({}, ['top.PNG']), (dict(recurse=True), ['a/1.jpg', 'a/2.txt', 'b/c/3.jpeg', 'top.PNG']), (dict(recurse=True, extensions='png'), ['top.PNG']),
     (dict(recurse=True, extensions=['.JPG', 'jpeg']), ['a/1.jpg', 'b/c/3.jpeg']), (dict(recurse=True, include='a'), ['a/1.jpg', 'a/2.txt']),
     (dict(recurse=True, include=iter('b')), ['b/c/3.jpeg'])], ids=lambda o: len(str(o)) if isinstance(o, dict) else None)
 def test_which_files(tmp_path, monkeypatch, kw, want):
@@ -102,6 +109,50 @@ def test_which_files(tmp_path, monkeypatch, kw, want):
     if 'include' not in kw: assert get_files(f'~/{tmp_path.name}', **kw) == get_files(str(tmp_path), **kw)
 
 
+def test_the_order_is_that_of_sorted(tmp_path):
+    files = get_files(pictures(tmp_path, 'cat-big/1.png', 'cat.old/1.png', 'cat/b.png', 'cat/a/1.png', 'cat.png', 'cat 2/1.png', 'Cat/1.png', 'b.png'), recurse=True)
+    assert files == sorted(files) and len(files) == 8
+
+
+@pytest.mark.parametrize('kind', sorted(image_extensions - {'.pdf'}))
+def test_what_pillow_opens_is_found(tmp_path, kind):
+    for im in (Image.new('RGB', (40, 30)), Image.new('1', (32, 32))):
+        try: im.save(tmp_path/f'a{kind}')
+        except (OSError, ValueError, KeyError): continue
+        assert open_image(ImageList.from_files(tmp_path).items[0]).size in ((40, 30), (32, 32))
+
+
+def test_a_class_without_pictures_and_files_left_out_are_named(tmp_path):
+    pictures(tmp_path, 'train/cat/1.png', 'train/cow/1.png', 'more/x/1.png')
+    for n in ('labels.csv', 'train/labels.csv', 'more/notes.txt'): (tmp_path/n).touch()              # beside the classes: nobody's business
+    def said(*names):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            ImageList.from_files(tmp_path)
+        return len(told) == bool(names) and all(n in str(told[0].message) for n in names)
+    assert said()
+    (tmp_path/'train/dog').mkdir()
+    assert said('train/dog')
+    for i in range(3): (tmp_path/f'train/dog/{i}.xyz').touch()
+    assert said('train/dog', '3 files')
+    (tmp_path/'train/dog/4.png').write_bytes((tmp_path/'train/cat/1.png').read_bytes())
+    assert said('3 files')
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='there are none')
+@pytest.mark.parametrize('way', [open_image, open_picture, partial(open_picture, fast=True)], ids=['open_image', 'open_picture', 'fast'])
+def test_what_would_hang_or_fill_the_memory(tmp_path, way):
+    "A pipe, a device, a file of 8 TB that takes no place, a side of 80 million pixels; an EPS would start another program."
+    os.mkfifo(pictures(tmp_path, 'cat/1.png')/'cat/a.jpg')
+    (tmp_path/'cat/b.jpg').symlink_to('/dev/zero')
+    with open(tmp_path/'cat/c.jpg', 'wb') as f: f.truncate(8 << 40)
+    Image.new('L', (1, 80_000_000)).save(tmp_path/'cat/d.png')
+    Image.new('RGB', (4, 4)).save(tmp_path/'cat/e.jpg', 'EPS')
+    assert [f.name for f in get_files(tmp_path, recurse=True)] == ['1.png', 'c.jpg', 'd.png', 'e.jpg']
+    for n in ('a.jpg', 'b.jpg', 'c.jpg', 'd.png', 'e.jpg'):
+        with pytest.raises(DataError, match=n): way(tmp_path/'cat'/n)
+
+
 @pytest.mark.skipif(sys.platform == 'win32', reason='links want rights there')
 def test_links_are_followed_and_end(tmp_path):
     pictures(tmp_path, 'x/a/1.png', 'x/b/2.png', 'elsewhere/3.png')
@@ -111,7 +162,11 @@ def test_links_are_followed_and_end(tmp_path):
 
 def test_a_home_folder_gives_the_same_names(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(pictures(tmp_path, 'ds/a/1.png')))
-    assert ImageList.from_files('~/ds').name(0) == ImageList.from_files(tmp_path/'ds').name(0) == 'a/1.png'
+    assert ImageList.from_files('~/ds').name(0) == ImageList.from_files(tmp_path/'ds').name(0) == ItemList([tmp_path/'ds/a/1.png'], '~/ds').name(0) == 'a/1.png'
+    (tmp_path/'t.csv').write_text('name,label\n1.png,x\n')
+    assert open_image('~/ds/a/1.png').size == open_picture(Path('~/ds/a/1.png')).size and list_files('~/ds')[0] == tmp_path/'ds/a/1.png' and TableLabeler('~/t.csv')('1.png') == 'x'
+    monkeypatch.delenv('HOME'); monkeypatch.setattr('pwd.getpwuid', lambda uid: {}[uid])             # a user without a home
+    for f in (open_image, open_picture, get_files, ImageList.from_files, list_files, TableLabeler): pytest.raises(DataError, f, '~/ds')
 
 
 def test_folders_that_are_not_there(tmp_path):
@@ -148,7 +203,7 @@ def test_kinds_of_pictures_become_rgb(tmp_path):
     p.save(tmp_path/'clear.png', transparency=1)
     film = tmp_path/'film.gif'
     Image.new('RGB', (8, 8), 'red').save(film, save_all=True, append_images=[Image.new('RGB', (8, 8), 'blue')])
-    kinds = [(Image.new('RGBA', (8, 8), (255, 0, 0, 0)), (255,)*3), (Image.new('LA', (8, 8), (0, 0)), (255,)*3), (p, (9, 99, 199)), (open_image(tmp_path/'clear.png'), (255,)*3),
+    kinds = [(Image.new('RGBA', (8, 8), (255, 0, 0, 0)), (255,)*3), (Image.new('LA', (8, 8), (0, 0)), (255,)*3), (Image.new('LA', (8, 8), (77, 255)).convert('La'), (77,)*3), (p, (9, 99, 199)), (open_image(tmp_path/'clear.png'), (255,)*3),
              (Image.new('CMYK', (8, 8), (0, 255, 255, 0)), (255, 0, 0)), (Image.new('L', (8, 8), 77), (77,)*3), (Image.new('1', (8, 8), 1), (255,)*3), (open_image(film), (255, 0, 0))]
     for im, want in kinds: assert to_byte_tensor(make_rgb(im))[:, 4, 4].tolist() == pytest.approx(want, abs=2), im
     for mode in ('I', 'I;16', 'F'): pytest.raises(ValueError, make_rgb, Image.new(mode, (8, 8)))        # not white without a word
@@ -228,6 +283,13 @@ def test_a_step_that_fails_names_the_item_and_itself(sample, capsys):
     assert out.index('ResizeFixed') < out.index('upside') < out.index('BREAKS HERE') and 'to_byte_tensor' not in out
 
 
+def test_a_step_without_an_order_stays_behind_the_one_before():
+    from torchvision.transforms import v2
+    def first(x): return x
+    il = ItemList([Image.new('L', (99, 99))], tfms=[first, to_byte_tensor, to_float_tensor, ResizeFixed(64), v2.CenterCrop(32), make_rgb])
+    assert il[0].shape == (3, 32, 32) and il.tfms[0] is first
+
+
 def test_two_shapes_are_no_batch(tmp_path):
     pictures(tmp_path, 'a.png', 'b.png')
     pictures(tmp_path, 'c.png', size=(30, 40))
@@ -266,6 +328,8 @@ def test_items_without_a_name_are_split_by_their_place():
 def test_who_belongs_to_neither_side():
     sd = SplitData.split_by_func(ItemList(['train/a/1', 'valid/a/2', 'other/a/3']), grandparent_splitter)
     assert (sd.train.items, sd.valid.items) == (['train/a/1'], ['valid/a/2'])
+    several = partial(grandparent_splitter, valid_name=['valid', 'test'], train_name=('train', 'extra'))
+    assert [several(f'{s}/a/1') for s in ('train', 'extra', 'valid', 'test', 'other')] == [False, False, True, True, None]
 
 
 def test_an_empty_side_is_an_error(tmp_path):
@@ -287,9 +351,12 @@ THREE = SplitData.split_by_func(ItemList(['train/a/1', 'train/b/2', 'valid/a/3']
 
 
 @pytest.mark.parametrize('f, named', [({'train/a/1': 'x', 'valid/a/3': 'x'}.get, 'train/b/2'), (lambda o: ' ' if 'b' in o else 'x', 'train/b/2'),
-                                      (lambda o: o[-1], 'valid/a/3')], ids=['none', 'blank', 'unknown to training'])
+                                      (lambda o: o[-1], 'valid/a/3'), *((lambda o, odd=odd: odd if 'b' in o else 'x', 'train/b/2') for odd in (float('nan'), np.float32('nan'), 3, .5, b'x')),
+                                      (lambda o: float('nan') if 'b' in o else 1, 'train/b/2'), (lambda o: 'x' if 'b' in o else 1, '')],
+                         ids=['none', 'blank', 'unknown to training', 'nan', 'float32', 'int', 'float', 'bytes', 'nan among numbers', 'mixed'])
 def test_labels_that_are_wrong_name_the_file(f, named):
-    with pytest.raises(DataError, match=named): label_by_func(THREE, f)
+    for kw in ({}, dict(proc_y=CategoryProcessor())):
+        with pytest.raises(DataError, match=named): label_by_func(THREE, f, **kw)
 
 
 def test_a_refused_label_leaves_nothing_behind():
@@ -346,6 +413,37 @@ def test_the_order_is_the_seeds_whatever_the_workers(ll):
     assert a != b and sorted(a) == sorted(b) == sorted(ll.train.y.items.tolist()) and epochs(2, 3) == [a, b] and epochs(0, 4)[0] != a
     first = next(iter(ll.to_databunch(100, 3, num_workers=2, seed=3).valid_dl))
     assert first[0].equal(torch.stack(ll.valid.x[:200])) and first[1].tolist() == ll.valid.y.items[:200].tolist()
+
+
+@pytest.mark.parametrize('make_dl', [item_dl, fast_dl])
+def test_workers_know_of_other_transforms(sample, make_dl):
+    data = labelled(sample).to_databunch(400, num_workers=1, persistent_workers=True, make_dl=make_dl)
+    for tfms, side in ((None, 16), ([make_rgb, ResizeFixed(32), to_byte_tensor], 32)):
+        if tfms: data.source.train.x.tfms = tfms
+        assert next(iter(data.train_dl))[0].shape[-1] == side
+    data.source.train.x.tfms[1].size = 8, 8
+    assert next(iter(data.train_dl))[0].shape[-1] == 8
+
+
+def test_torchs_own_arguments(ll):
+    def floats(b): x, y = torch.utils.data.default_collate(b); return x.float(), y
+    def bunch(**kw): return ll.to_databunch(100, num_workers=0, **kw)
+    data = bunch(sampler=[5]*7, collate_fn=floats)
+    assert ys(data.train_dl) == [ll.train.y[5]]*7 and ys(data.valid_dl) == ll.valid.y.items.tolist() and next(iter(data.valid_dl))[0].dtype == torch.float32
+    a, b = (ys(bunch(generator=torch.Generator().manual_seed(3)).train_dl) for _ in range(2))
+    assert a == b != ys(bunch(generator=torch.Generator().manual_seed(4)).train_dl)
+    for k in ('sampler', 'collate_fn', 'generator'):
+        with pytest.raises(ValueError, match=k): bunch(make_dl=fast_dl, **{k: floats})
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252', 'cp932', 'utf-8'])
+def test_a_summary_on_every_console(tmp_path, encoding, monkeypatch):
+    pictures(tmp_path, *(f'{s}/{c}/\xe9\x1b{i}.png' for s in ('train', 'valid') for c in ('\xf1and\xfa', 'b') for i in range(2)))
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), encoding))
+    labelled(tmp_path, valid='valid').to_databunch(2, num_workers=0).summary(pictures=False)
+    sys.stdout.flush()
+    said = sys.stdout.buffer.getvalue()
+    assert b'ResizeFixed' in said and b'\x1b' not in said and ('\xf1'.encode(encoding) if encoding in ('cp1252', 'utf-8') else b'xf1') in said
 
 
 @pytest.mark.parametrize('kw', [dict(num_workers=0), dict(num_workers=1, persistent_workers=True)], ids=['alone', 'workers that stay'])
@@ -441,6 +539,24 @@ def test_workers_that_start_by_spawn(loader, sample, tmp_path, data_home):
     (tmp_path/'s.py').write_text(SPAWN)
     r = subprocess.run([sys.executable, tmp_path/'s.py', sample, loader], env={**small_env(data_home), 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=200)
     assert 'same batches' in r.stdout, r.stderr[-2000:]
+
+
+NO_GUARD = '''
+import sys, torch
+from exp.data_block import *
+torch.multiprocessing.set_start_method(sys.argv[2])
+ll = label_by_func(SplitData.split_by_func(ImageList.from_files(sys.argv[1], tfms=[make_rgb, ResizeFixed(16), to_byte_tensor]), grandparent_splitter), parent_labeler)
+how = dict(multiprocessing_context=torch.multiprocessing.get_context('spawn')) if sys.argv[3:] else {}
+print(len(list(ll.to_databunch(2, num_workers=2, **how).train_dl)), 'batches')
+'''
+
+
+@pytest.mark.parametrize('how', [['spawn'], ['forkserver'], ['fork', 'context']], ids=str)
+def test_a_script_without_a_main_guard_goes_without_workers(tmp_path, data_home, how):
+    pictures(tmp_path, *(f'{s}/{c}/{i}.png' for s in ('train', 'valid') for c in 'ab' for i in range(2)))
+    (tmp_path/'s.py').write_text(NO_GUARD)
+    r = subprocess.run([sys.executable, tmp_path/'s.py', tmp_path, *how], env={**small_env(data_home), 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True, timeout=200)
+    assert r.stdout == '2 batches\n' and '__main__' in r.stderr and len(r.stderr.splitlines()) < 5, r.stderr
 
 
 def test_what_would_not_be_found_goes_without_workers(sample, monkeypatch):

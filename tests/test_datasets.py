@@ -16,6 +16,7 @@ import threading
 import time
 import urllib.error
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -281,6 +282,23 @@ def test_evil_archives_are_refused_whole(tmp_path, data):
     assert {p.name for p in tmp_path.rglob('*')} == {'in', 'evil.tgz', 'out'} and not Path('/tmp/evil_l11').exists()
 
 
+def overlapping(n, data=b'x'*1000, name=b'a/f'):
+    "A zip of one file that its directory lists `n` times."
+    crc, size = zlib.crc32(data), len(data)
+    local = struct.pack('<4s5H3I2H', b'PK\3\4', 20, 0, 0, 0, 0, crc, size, size, len(name), 0) + name + data
+    one = struct.pack('<4s6H3I5H2I', b'PK\1\2', 20, 20, 0, 0, 0, 0, crc, size, size, len(name), 0, 0, 0, 0, 0, 0) + name
+    big = struct.pack('<4sQ2H2I4Q', b'PK\6\6', 44, 45, 45, 0, 0, n, n, n*len(one), len(local))
+    where = struct.pack('<4sIQI', b'PK\6\7', 0, len(local) + n*len(one), 1)
+    return local + one*n + big + where + struct.pack('<4s4H2IH', b'PK\5\6', 0, 0, 0xffff, 0xffff, n*len(one), len(local), 0)
+
+
+@pytest.mark.parametrize('data', [b'x'*1000, b''])
+def test_members_that_overlap_are_refused(tmp_path, data):
+    (tmp_path/'o.zip').write_bytes(overlapping(20_000, data))
+    with pytest.raises(DataError, match='refused'): D.unpack(tmp_path/'o.zip', tmp_path/'out')
+    assert leftovers(tmp_path) == ['o.zip']
+
+
 @pytest.mark.parametrize('data', [GOOD[:len(GOOD)//2], b'', b'no archive', b'\x1f\x8b' + b'0'*50, zipped('a/2')[:-40], tgz({'a': b'1', 'a/b': b'2'}), tgz({'x'*999: b''})],
                          ids=['half', 'empty', 'text', 'gzip head', 'half a zip', 'a file as a folder', 'a long name'])    # gzip notes the time: bytes as a name would differ
 def test_a_broken_archive_leaves_nothing(tmp_path, data):
@@ -302,11 +320,11 @@ def test_one_flipped_bit_is_noticed(tmp_path):
     assert noticed > 50 and leftovers(tmp_path) == ['f.tgz']
 
 
-MAC = {'__MACOSX/a/._1': b'm', 'a/._1': b'm', './._a': b'm'}
+MAC = {'__MACOSX/a/._1': b'm', 'a/._1': b'm', './._a': b'm', '.DS_Store': b'm'}
 
 
 @pytest.mark.parametrize('data, there', [
-    (zipped('a/2'), ['1', '2']), (zipped('a/2', mode=0), ['1', '2']), (zipped('__MACOSX/._a', 'a/._1'), ['1']), (tgz({'a/1': b'x', **MAC}), ['1']),
+    (zipped('a/2'), ['1', '2']), (zipped('a/2', mode=0), ['1', '2']), (zipped('__MACOSX/._a', 'a/._1', '.DS_Store'), ['1']), (tgz({'a/1': b'x', **MAC}), ['1']),
     (tgz({'a/1': b'x'}, [('a/empty', tarfile.DIRTYPE, '')]), ['1', 'empty']), (tgz({'./a/1': b'x'}), ['1']), (tgz({'a/1': b'x'}, mode='w'), ['1']),
     (tgz({'a/1': b'x'}, mode='w:xz'), ['1']), (tgz({'1': b'x', 'b/2': b'x'}), ['1', 'b']), (tgz({'1': b'x'}), ['1']), (tgz({'a/a..b': b'x'}), ['a..b'])],
     ids=['zip', 'zip from DOS', 'zip from a Mac', 'tar from a Mac', 'empty folder', 'dot', 'tar', 'xz', 'two tops', 'a file', 'two dots'])
@@ -438,7 +456,7 @@ def test_another_address_with_the_same_file_name_is_refused(server, tmp_path):
 def test_names_and_places(tmp_path, monkeypatch):
     names = {URLs.IMAGENETTE_160: 'imagenette2-160', URLs.SAMPLE: 'drawn-shapes-160', URLs.MNIST: 'mnist_idx', 'http://x/a.tar.gz?key=/b#c': 'a', 'http://x/b.zip': 'b'}
     assert {u: D.data_name(u) for u in names} == names
-    for url in ('http://x/', 'http://x/..', 'http://x/.tgz', ''):
+    for url in ('http://x/', 'http://x/..', 'http://x/.tgz', '', 'http://x/a\x1b[31m.tgz'):
         with pytest.raises(DataError): D.untar_data(url, base=tmp_path)
     (tmp_path/'file').touch()
     with pytest.raises(DataError, match='FASTAI_HOME'): D.untar_data(URLs.SAMPLE, base=tmp_path/'file/data')

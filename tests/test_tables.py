@@ -12,7 +12,7 @@ from exp.data_block import (CategoryProcessor, ImageList, ItemList, LabeledData,
                             to_byte_tensor)
 from exp.datasets import DataError
 from exp.tables import (MultiCategoryProcessor, NumberProcessor, RegexLabeler, TableLabeler, default_processor, find_row, k_folds, read_table,
-                        split_by_csv, split_by_names)
+                        split_by_csv, split_by_idx, split_by_names, split_stratified)
 
 WORDS = st.text('abcdefgh/', min_size=1, max_size=8)
 
@@ -102,6 +102,29 @@ def test_k_folds(names, k, seed):
     assert len(folds) == k and max(sizes) - min(sizes) <= 1
     assert [set(f.valid.items) for f in k_folds(ItemList(names[::-1]), k, seed)] == [set(f.valid.items) for f in folds]
     if len(names) > 20: assert [f.valid.items for f in k_folds(ItemList(names), k, seed + 1)] != [f.valid.items for f in folds]
+
+
+CLASSES = {0: 'rare', 1: 'rare', **{i: 'lone' for i in (2,)}, **{i: f'c{i % 7}' for i in range(3, 100)}}
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_every_class_has_its_share(seed):
+    "The split by chance leaves the class of two out of validation for most seeds."
+    il, of = ItemList([*CLASSES]), CLASSES.get
+    def count(items): return {c: sum(of(o) == c for o in items) for c in CLASSES.values()}
+    sd, every = split_stratified(il, of, .2, seed), count(il.items)
+    assert sorted([*sd.train.items, *sd.valid.items]) == il.items and count(sd.valid.items) == {**{f'c{i}': 3 for i in range(7)}, 'rare': 1, 'lone': 0}
+    assert {*split_stratified(il.new(il.items[::-1]), of, .2, seed).valid.items} == {*sd.valid.items} != {*split_stratified(il, of, .2, seed + 1).valid.items}
+    folds = k_folds(il, 5, seed, by=of)
+    assert sorted(o for f in folds for o in f.valid.items) == il.items and {len(f.valid) for f in folds} == {20}
+    for f in folds: assert all(abs(n - every[c]/5) < 1 for c, n in count(f.valid.items).items())
+
+
+def test_split_by_places(il):
+    assert valid(split_by_idx(il, [1, -1])) == ['a/1.png', 'b/2.png'] == valid(split_by_idx(il, np.array([5, 1, 1]))) and len(split_by_idx(il, {0}).train) == 5
+    pytest.raises(IndexError, split_by_idx, il, [6])
+    for bad in ([], range(6)): pytest.raises(DataError, split_by_idx, il, bad)
+    for bad in (0, 1): pytest.raises(ValueError, split_stratified, il, str, bad)
 
 
 def test_folds_of_items_without_a_name():
