@@ -189,7 +189,7 @@ def test_modes_set_before_a_fit_are_kept_and_put_back(loop, how):
     learn = learner(opt_func=sgd_opt, norm=True, splitter=lambda m: [[*m[:2].parameters()], [*m[-1].parameters()]])
     learn.ready_opt()
     model, bn, dropout = learn.model, *learn.model[1:3]
-    if how == 'evaluates': bn.eval().requires_grad_(False)
+    if how == 'evaluates': bn.eval()
     elif how == 'all of it evaluates': model.eval()
     else: learn.opt.freeze(0)
     modes, before, seen = [m.training for m in model.modules()], flat(bn), set()
