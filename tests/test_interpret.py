@@ -15,6 +15,7 @@ from torch import nn
 from trained import COLOURS, NAMES, items, learner, net, norm, of, pictures
 
 from exp.batchnorm import BatchNorm, RunningBatchNorm
+from exp.calibration import measure_calibration, plot_reliability
 from exp.callbacks import CudaCallback, DataBunch, Dataset, get_dls
 from exp.data_block import NormalizeBytes, decoded, item_dl
 from exp.fast_batches import ItemLoader
@@ -59,8 +60,9 @@ def test_what_has_no_classes_is_refused():
     nan[1, 2], inf[5, 0], never[0, 1] = float('nan'), float('inf'), float('-inf')
     for p, y in ((nan, t), (inf, t), (preds, preds), (preds[:, 0], t), (preds, t.float())):
         it = Interpretation(p, y, losses=torch.zeros(6))
-        for ask in (it.confusion_matrix, it.calibration, it.per_class, it.most_confused):
+        for ask in (it.confusion_matrix, it.plot_confusion_matrix, it.per_class, it.most_confused):
             with pytest.raises(ValueError): ask()
+    with pytest.raises(ValueError): measure_calibration(nan.softmax(1), t)
     assert Interpretation(never, t).confusion_matrix().sum() == 6
 
 
@@ -100,7 +102,7 @@ def test_top_losses():
 def test_calibration_is_eq_3_of_guo_et_al(bins):
     it = random_interp(700, 5)
     p = np.exp(it.preds.double().numpy())
-    conf, right, ece, cal = (p/p.sum(1, keepdims=True)).max(1), p.argmax(1) == it.targets.numpy(), 0., it.calibration(bins)
+    conf, right, ece, cal = (p/p.sum(1, keepdims=True)).max(1), p.argmax(1) == it.targets.numpy(), 0., measure_calibration(it.probs, it.targets, bins)
     for k in range(bins):
         inside = (conf > k/bins) & (conf <= (k + 1)/bins)
         assert cal.count[k] == inside.sum()
@@ -113,9 +115,9 @@ def test_calibration_is_eq_3_of_guo_et_al(bins):
 
 def test_calibration_at_the_edges():
     "A confidence of exactly 1/2 belongs to the bin below; sure and right is no error, sure and wrong is 1."
-    half = Interpretation(torch.zeros(4, 2), torch.tensor([0, 0, 1, 1])).calibration(2)
+    half = measure_calibration(torch.full((4, 2), .5), torch.tensor([0, 0, 1, 1]), 2)
     assert half.count.tolist() == [4, 0] and half.ece == 0
-    for y, ece in ((0, 0), (1, 1)): assert Interpretation(torch.tensor([[1e4, 0.]]*2), torch.tensor([y, y])).calibration().ece == ece
+    for y, ece in ((0, 0), (1, 1)): assert measure_calibration(torch.tensor([[1., 0.]]*2), torch.tensor([y, y])).ece == ece
 
 
 # ---------------------------------------------------------------- from a learner: row i is picture i
@@ -136,7 +138,7 @@ def test_from_a_learner(folder, kw):
     shown = [ax.get_title() for ax in it.plot_top_losses(3).axes if ax.get_title()]
     worst = it.top_losses(3)[1].tolist()
     assert len(shown) == 3 and all(f'{it.losses[i]:.2f}' in s and f'is {it.names[it.targets[i]]}' in s for i, s in zip(worst, shown))
-    assert it.plot_confusion_matrix() and it.plot_calibration() and all(n in repr(it) for n in ('15', *NAMES))
+    assert it.plot_confusion_matrix() and plot_reliability(measure_calibration(it.probs, it.targets)) and all(n in repr(it) for n in ('15', *NAMES))
 
 
 @pytest.mark.parametrize('kept', [False, True])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from exp.batchnorm import conv_layer
+from exp.calibration import measure_calibration, plot_reliability
 from exp.callbacks import DataBunch, Dataset, get_dls
 from exp.export_models import export, load_learner
 from exp.interpret import Interpretation, cam, loss_of_each, overlay, show_cam
@@ -22,10 +23,10 @@ print(it, len(it), it.names, it.confusion_matrix().sum().item(), it.probs.shape)
 for true, said, n in it.most_confused(2): print(f'{n} × {true} taken for {said}')
 print(it.per_class()['recall'].tolist(), loss_of_each(F.cross_entropy, it.preds, it.targets).mean().item())
 losses, idx = it.top_losses(3)
-print(losses.tolist(), idx.tolist(), f'{it.calibration().ece:.3f}')
+print(losses.tolist(), idx.tolist(), f'{measure_calibration(it.probs, it.targets).ece:.3f}')
 it.plot_confusion_matrix('what for what')
 it.plot_top_losses(4, largest=False)
-it.plot_calibration(5)
+plot_reliability(measure_calibration(it.probs, it.targets, bins=5), 'five steps')
 m = cam(learn, x[0], cls=2, layer='1')
 print(m.map.shape, m.name, f'{m.score:.1f}', overlay(x[0], m.map).shape)
 show_cam(learn, [x[0], x[1]], titles=['a', 'b'])
