@@ -238,7 +238,8 @@ def load(learn, path, opt: bool = True) -> Learner:
 
     From `save`, a checkpoint, or torch's own `save`. `CheckpointError`: nothing has changed."""
     d, model = read_file(path, 'weights', 'checkpoint'), bare(learn.model)
-    d = d.get('parts', d)
+    averaged = d.get('kind') == 'checkpoint' and 'EMA 1' in d['callbacks']
+    d = d['parts'] if d.get('kind') == 'checkpoint' else d
     new = (learn.opt or learn.make_opt()) if opt and 'opt' in d else None
     rates = [h.get('lr') for h in get_hypers(new)] if new else []
     with refusing(path, snapshot(model, new, objects=[new] if new else [])):
@@ -247,6 +248,9 @@ def load(learn, path, opt: bool = True) -> Learner:
         if new: load_opt(new, model, d['opt'])
         model.load_state_dict(sd)
     saved = [h.get('lr') for h in get_hypers(new)] if new else []
+    if averaged:
+        warnings.warn(f'{path}: weights as trained; those that EMA averaged, and its table shows: '
+                      'exp.recipes.load_averaged', stacklevel=2)
     if saved != rates:
         warnings.warn(f'{path}: the optimizer goes on with lr {saved}, as saved, not with {rates}; '
                       'load(…, opt=False) takes the weights alone', stacklevel=2)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NFS', 'leaderboard', 'ARCHS', 'ranger', 'OPTS', 'LRS', 'SCHEDS', 'TFMS', 'CROPPED', 'RECIPES', 'read_as', 'split_of',
            'get_items', 'lesson', 'radam_step', 'lookahead_step', 'lesson_cycle', 'flat_cos', 'flip', 'strong', 'EMA',
-           'ValidateEvery', 'recipe_for', 'crops_for', 'get_recipe', 'as_page', 'extras', 'get_training', 'number',
-           'sizes', 'net_options', 'step_options', 'recipe_options']
+           'load_averaged', 'ValidateEvery', 'recipe_for', 'crops_for', 'get_recipe', 'as_page', 'extras',
+           'get_training', 'number', 'sizes', 'net_options', 'step_options', 'recipe_options']
 
 # %% ../nbs/more/11e_recipes.ipynb #14f1db1a
 import argparse, warnings
@@ -27,7 +27,9 @@ from .data_block import (ImageList, ResizeFixed, SplitData, grandparent_splitter
                             parent_labeler, to_byte_tensor)
 from .datasets import DataError
 from .faster import native_dtype
+from .files import check_model, read_file, refusing
 from .learner import Learner
+from .lr_find import snapshot
 from .mixup import CutMix, Mixup, OneOf
 from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, StepCount, adam_opt, debias,
                             lamb, lars, sgd_mom_opt, sgd_opt, weight_decay)
@@ -176,7 +178,23 @@ class EMA(Callback):
         self.own = None
     after_fit = back
     def state_dict(self): return {'avg': self.avg, 'n': self.n}
-    def load_state_dict(self, sd): self.avg, self.n = sd['avg'], sd['n']
+    def load_state_dict(self, sd):
+        there, here = ([t.shape for t in ts] for ts in (sd['avg'], self.avg))
+        if there != here: raise ValueError('its averages are of another network')
+        self.avg, self.n = sd['avg'], sd['n']
+
+def load_averaged(learn, path) -> Learner:
+    """Take the averaged weights, those of the table, from a checkpoint of a fit with `EMA`; `load`
+    takes those as trained. `CheckpointError`: nothing has changed."""
+    d, ema, model = read_file(path, 'checkpoint'), EMA(), bare(learn.model)
+    with refusing(path, snapshot(model, None)):
+        if 'EMA 1' not in d['callbacks']: raise ValueError('it was written without EMA')
+        check_model(model, d['parts']['model'])
+        model.load_state_dict(d['parts']['model'])
+        ema.begin_fit(learn)
+        ema.load_state_dict(d['callbacks']['EMA 1'])
+        torch._foreach_copy_(ema.now(learn), ema.avg)
+    return learn
 
 # %% ../nbs/more/11e_recipes.ipynb #2ea7d8be
 class ValidateEvery(Callback):

@@ -57,20 +57,23 @@ def read_json(file) -> dict:
     if not isinstance(o, dict): raise ValueError('no dictionary')
     return o
 
-RESULT = dict(accuracy=float, seconds=(int, float), data=str, device=str, n_valid=int)
+RESULT = dict(accuracy=float, seconds=float, data=str, source=str, device=str, n_valid=int)
 
 def kept(folder, c):
     """The result of a training with the settings `c` that was finished before this one was broken
     off. None where there is none, or half of one: the checkpoint makes it again."""
     model = folder/'model.pt'
     if not model.exists() or not model.stat().st_size: return None
-    try: r = {**c, **read_json(folder/'result.json')}
-    except (OSError, ValueError): return None
-    if not all(isinstance(r.get(k), kind) for k, kind in RESULT.items()): return None
     compared = c.keys() & {*SETTINGS, 'bs_given'} - {'data', 'runs'}
     if not c.get('bs_given'): compared -= {'bs'}            # a small data set has smaller batches
-    same = all(r[k] == c[k] for k in compared) and same_data(c['data'], r.get('source', c['data']))
-    return {**r, 'model': str(model)} if same and 0 <= r['accuracy'] <= 1 else None
+    try:
+        r = {'source': c['data'], **c, **read_json(folder/'result.json')}
+        fine = all(isinstance(r.get(k), kind) for k, kind in RESULT.items())
+        same = fine and all(r[k] == c[k] for k in compared) and same_data(c['data'], r['source'])
+    except (OSError, ValueError): return None
+    if not same or not 0 <= r['accuracy'] <= 1: return None
+    for k in ('std', 'each', 'fault'): r.pop(k, None)       # of several, or of one without a model
+    return {**r, 'model': str(model)}
 
 # %% ../nbs/more/11f_runs.ipynb #35e8e9c9
 def begun_with(file):

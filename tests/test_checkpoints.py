@@ -596,6 +596,14 @@ def test_names_that_wrappers_put_in_front(front, tmp_path):
         assert same(weights(load(toy(5), save(learn, tmp_path/'u.pt'))), weights(toy(8)))
 
 
+def test_what_weights_say_of_a_checkpoint_is_not_heard(tmp_path):
+    learn = toy()
+    d = torch.load(save(learn, tmp_path/'w.pt'), weights_only=True)
+    for more in ({'parts': 5}, {'parts': 'opt'}, {'callbacks': 5}, {'callbacks': {'EMA 1': 5}}):
+        torch.save({**d, **more}, tmp_path/'w.pt')
+        assert same(weights(load(toy(5), tmp_path/'w.pt')), weights(learn))
+
+
 def test_another_rate_is_said(tmp_path):
     path = save(toy(lr=.1).fit(1), tmp_path/'w.pt')
     with pytest.warns(UserWarning, match='lr'): assert load(toy(lr=.001), path).opt.hypers[0]['lr'] == .1

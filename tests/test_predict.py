@@ -115,6 +115,46 @@ def test_folders_patterns_and_a_batch_all_broken(tmp_path, folder, model, run):
     assert status == 1 and len(out.splitlines()) == 5 and len(err.splitlines()) == 3
 
 
+def test_what_is_no_regular_file_and_what_is_left_out(tmp_path, folder, model, run, monkeypatch):
+    "A pipe would be waited for; /dev/zero, and a terabyte of nothing, be read whole."
+    monkeypatch.setenv('HOME', str(tmp_path))
+    d = tmp_path/'d'
+    d.mkdir()
+    for n in ('a.jpg', 'notes.txt', 'raw.dng2'): (d/n).touch()
+    (d/'a.png').write_bytes((folder/'val/zebra/0.png').read_bytes())
+    os.mkfifo(d/'b.jpg')
+    (d/'c.jpg').symlink_to('/dev/zero')
+    os.truncate(d/'a.jpg', 1 << 40)
+    status, out, err = run(model, '~/d', d/'b.jpg', '--json', '~/r.json')
+    j = json.loads((tmp_path/'r.json').read_text())
+    assert status == 1 and len(out.splitlines()) == 1 and {str(d/'a.jpg')} <= {*j['failed']} and j['left_out'] == {str(d): 2}
+    assert '2 files' in err and str(d/'b.jpg') in j['failed']
+
+
+def test_a_pipe_hears_the_whole_json(tmp_path, folder, model, run):
+    "It was opened and closed before the predicting, and its reader left."
+    import threading
+    os.mkfifo(tmp_path/'pipe')
+    heard = []
+    t = threading.Thread(target=lambda: heard.append((tmp_path/'pipe').read_text()), daemon=True)
+    t.start()
+    assert run(model, folder/'val/zebra/0.png', '--json', tmp_path/'pipe')[0] == 0
+    t.join(60)
+    assert json.loads(heard[0])['predictions']
+
+
+@pytest.mark.parametrize('e, status', [(MemoryError(), 4), (RuntimeError('CUDA out of memory. Tried to allocate 2 GiB'), 4), (RuntimeError('shapes'), 2)])
+def test_the_machine_and_the_model_have_their_own_status(e, status, folder, model, run, monkeypatch):
+    def fails(*args): raise e
+    real, P.scores_of = P.scores_of, fails
+    try: got, out, err = run(model, folder/'val/zebra/0.png')
+    finally: P.scores_of = real
+    assert got == status and len(err.splitlines()) == 1
+    monkeypatch.setattr(P, 'short_way', lambda x: x)
+    monkeypatch.setattr('exp.data_block.ImageList.one', lambda self, f: fails())
+    assert run(model, folder/'val/zebra/0.png')[0] == 1                                   # a picture that does not fit costs itself
+
+
 def test_names_no_terminal_can_show(tmp_path, folder, model, monkeypatch):
     "A new line, a tab, an escape sequence, bytes that are no UTF-8: still a line each, on an ASCII terminal too, and the json has the true names."
     names = [os.path.join(os.fsencode(tmp_path), n) for n in (b'new\nline.png', b'tab\there.png', b'\x1b[31mred.png', 'grün.png'.encode(), b'\xff\xfe.png')]

@@ -17,8 +17,10 @@ from PIL import Image
 from exp import recipes as R
 from exp import train_imagenette as page
 from exp.callbacks import AvgStatsCallback, BatchTransformXCallback, Callback, DataBunch, Dataset, accuracy, get_dls
+from exp.checkpoints import Checkpoint
 from exp.datasets import DataError
 from exp.export_models import export, load_learner
+from exp.files import CheckpointError, load
 from exp.fast_batches import InMemory, fast_dl, in_memory
 from exp.learner import Learner
 from exp.mixup import Mixer
@@ -256,6 +258,26 @@ def test_ema_and_savebest_keep_what_was_validated():
     learn = flat([R.EMA(.9), SaveBest(), st, spy], lr=.3).fit(6)
     assert (best := min(range(6), key=lambda i: st.rows[i]['valid_loss'])) < 5, 'the best epoch must not be the last'
     assert same(learn.model.state_dict().values(), spy.seen[best].values())
+
+
+def test_a_checkpoint_has_both_the_averaged_weights_and_those_as_trained(tmp_path):
+    "The table showed the ones and `load` took the others, without a word."
+    class Stop(Callback):
+        _order = 2000
+        def after_epoch(self, run):
+            if run.epoch == 1: raise KeyboardInterrupt
+    learn, ema = flat(), R.EMA(.9)
+    with pytest.raises(KeyboardInterrupt): learn.fit(4, [ema, Checkpoint(tmp_path), Stop()])
+    f, avg, own = Checkpoint(tmp_path).files()[0], [t.clone() for t in ema.avg], copy.deepcopy(learn.model.state_dict())
+    with pytest.warns(UserWarning, match='load_averaged'): assert same(load(flat(), f).model.state_dict().values(), own.values())
+    assert same(R.load_averaged(flat(), f).model.state_dict().values(), avg) and not same(avg, own.values())
+    d = torch.load(f, weights_only=True)
+    for bad in ({}, {'EMA 1': 5}, {'EMA 1': {'avg': avg[:1], 'n': 3}}, {'EMA 1': {'avg': [a[:1] for a in avg], 'n': 3}}):
+        torch.save({**d, 'callbacks': bad}, f)
+        new = flat()
+        before = copy.deepcopy(new.model.state_dict())
+        with pytest.raises(CheckpointError): R.load_averaged(new, f)
+        assert same(new.model.state_dict().values(), before.values())
 
 
 def test_ema_without_a_validation_set_and_after_an_error():

@@ -315,9 +315,88 @@ def test_a_result_of_other_settings_is_nobodys(pets, tmp_path, capsys):
     (tmp_path/'r/config.json').unlink()
     assert T.main([*QUICK, *args, '--epochs', '2']) == 2 and 'holds a run' in capsys.readouterr().err
     assert T.main([*QUICK, *args, '--epochs', '2', '--resume']) == 2 and 'epochs' in capsys.readouterr().err        # the checkpoint knows
-    for text in ('[]', '{}', '{"accuracy": "x"}', '3'):
-        (tmp_path/'r/seed-42/result.json').write_text(text)
+    folder(tmp_path/'other/pets', n=8)
+    result = tmp_path/'r/seed-42/result.json'
+    whole = result.read_text()
+    for more in (['--bs', '4'], ['--mixup', '.4'], ['--smooth', '.2'], ['--data', 'other/pets'], ['--tfms', 'flip']):
+        for text in (whole, ''):                                                                  # and without a result the checkpoint knows
+            result.write_text(text)
+            status = T.main([*QUICK, *args, *more, '--resume'])
+            assert status == 2 or more[0] == '--data', more                                       # copied data are the same data
+            if not status: assert json.loads(result.read_text())['source'] == str(tmp_path/'other/pets')
+        [f.unlink() for f in (tmp_path/'r').glob('config.json')]
+    for text in ('[]', '{}', '{"accuracy": "x"}', '3', '['*10**5):
+        result.write_text(text)
         assert T.main([*QUICK, *args, '--resume']) == 0 and json.loads((tmp_path/'r/seed-42/result.json').read_text())['accuracy'] >= 0
+
+
+def odd_values(): return None, -1, 2, 10**400, math.inf, math.nan, 'x', '../../x', '', True, [], [1, [2]], {}, {'a': 1}
+
+
+def test_no_crafted_settings_or_result_end_in_a_traceback(pets, tmp_path, capsys):
+    "Each field of both files with each odd value: a mistake, or a run. `train_one` is not reached but for a result that is none."
+    assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r']) == 0
+    f, count = tmp_path/'r/config.json', []
+    for file in (f, tmp_path/'r/seed-42/result.json'):
+        whole = file.read_text()
+        d = json.loads(whole)
+        texts = [json.dumps({**d, k: v}) for k in [*d, 'std', 'fault', 'each', 'split_seed'] for v in odd_values()]
+        for text in [*texts, '['*10**5, '{"a": '*10**5, '9'*5000, '\0', '\ufeff{}', '']:
+            file.write_text(text)
+            if file == f:
+                try: T.check(U.begun_with(f), f)
+                except DataError as e: count.append(str(e))
+            elif r := U.kept(file.parent, json.loads(f.read_text())): assert T.result_line(r) and T.summarise([r, r])
+        file.write_text(whole)
+    assert len(count) > 250 and all('config.json' in c for c in count)
+    for file in (f, tmp_path/'r/seed-42/result.json'):
+        file.unlink()
+        os.mkfifo(file)                                                                           # opening it would wait for ever
+    assert U.kept(tmp_path/'r/seed-42', {'data': 'pets'}) is None and T.main(AGAIN) == 2
+
+
+@pytest.mark.parametrize('spoil', [lambda f: f.write_text(''), lambda f: f.unlink(), lambda f: f.write_bytes(b'epoch\0\xff\n\n'), lambda f: f.write_text(f.read_text()[:60]),
+                                   lambda f: f.write_text(f.read_text().replace('\n0,', '\n\n0,')), lambda f: f.write_bytes(f.read_text().encode('utf-16'))])
+def test_the_history_is_written_anew_from_the_checkpoint(spoil, pets, tmp_path, monkeypatch):
+    args = ['--data', 'pets', '--log-dir', 'r', '--epochs', '3']
+    class Stop(Callback):
+        _order = 2000
+        def after_epoch(self, run):
+            if run.epoch == 1: raise KeyboardInterrupt
+    make, file = T.get_cbs, tmp_path/'r/seed-42/history.csv'
+    monkeypatch.setattr(T, 'get_cbs', lambda *args: [*make(*args), Stop()])
+    assert T.main([*QUICK, *args]) == 130
+    before = file.read_text().splitlines()
+    spoil(file)
+    left = [tmp_path/'r'/n for n in ('.config.json.01234567.exp-tmp', 'seed-42/.model.pt.01234567.exp-tmp', 'seed-42/checkpoints/.x.pt.01234567.exp-tmp')]
+    for f in left: f.touch()                                                                      # and what a kill left goes
+    monkeypatch.setattr(T, 'get_cbs', make)
+    assert T.main([*QUICK, *args, '--lr', '.001', '--resume']) == 2                               # refused, and nothing of it
+    assert T.main(AGAIN) == 0
+    lines = file.read_text().splitlines()
+    assert lines[:3] == before and len(lines) == 4 and not any(f.exists() for f in left)
+
+
+def test_a_full_disk_behind_the_output_costs_no_training(data_home, tmp_path):
+    with open('/dev/full', 'w') as full:
+        p = subprocess.run([sys.executable, *MODULE, '--data', 'sample', *QUICK, '--log-dir', tmp_path/'r'], cwd=ROOT, env=small_env(data_home), stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert p.returncode == 1 and len(p.stderr.splitlines()) == 1 and (tmp_path/'r/seed-42/result.json').exists(), p.stderr
+
+
+def test_names_from_outside_stay_on_one_harmless_line(pets, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    pets.rename(tmp_path/'p\x1b[31m\ne')
+    (tmp_path/'p\x1b[31m\ne/train/stray\x1b.png').write_bytes(next((tmp_path/'p\x1b[31m\ne').rglob('*.png')).read_bytes())
+    assert T.main([*QUICK, '--data=~/p\x1b[31m\ne', '--log-dir=-x', '--json=~/r.json']) == 0
+    assert T.main([*QUICK, '--data', '\x1b[31mnowhere', '--log-dir', 'y']) == 2
+    out, err = capsys.readouterr()
+    assert '\x1b' not in out + err and len(err.splitlines()) == 2 and (tmp_path/'-x/seed-42/model.pt').exists() and (tmp_path/'r.json').exists()
+    assert f'exp-predict {tmp_path}/-x/' in out                                                   # to be copied, and no option
+
+
+def test_help_on_any_terminal(tmp_path):
+    p = run('--help', home=tmp_path, PYTHONIOENCODING='ascii')
+    assert p.returncode == 0 and '--mixup' in p.stdout and not p.stderr
 
 
 @pytest.mark.parametrize('e', [MemoryError(), RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed.'), ZeroDivisionError()])
