@@ -21,7 +21,7 @@ myst_enable_extensions, myst_heading_anchors = ['dollarmath', 'amsmath', 'attrs_
 suppress_warnings = ['misc.highlighting_failure']                # an ellipsis where a reader's own code goes
 
 html_theme, html_title = 'sphinx_book_theme', 'lesson11'
-html_last_updated_fmt, html_copy_source = None, False
+html_copy_source = False
 html_extra_path = ['_root']                                    # the address without a name leads to nbs/index.html
 # MathJax in one file, which draws its letters: there are no fonts to be fetched.
 html_static_path = ['_static', str(distribution('sphinx-mathjax-offline').locate_file('sphinx-mathjax-offline/static/mathjax/tex-svg.js'))]

@@ -157,7 +157,7 @@ def quizzes():
 
 def questions(page, show=lambda page, piece: f'`{piece.strip()}`'):
     "The questions of a lesson as Markdown, each answer folded; `show` names the cell that shows it."
-    asked = [f'{i}. {question}\n\n<details><summary>Answer {i}</summary>\n\n{answer} Shown by {show(page, piece)}.\n\n</details>\n'
+    asked = [f'{i}. {question}\n\n   <details><summary>Answer</summary>\n\n   {answer} Shown by {show(page, piece)}.\n\n   </details>\n'
              for i, (question, answer, piece) in enumerate(quizzes().get(page.name, []), 1)]
     return '## Questions\n\n' + '\n'.join(asked) if asked else ''
 

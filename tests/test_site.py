@@ -1,6 +1,7 @@
 """The course as a site and as a book: made without torch or a run, and every address in it leads somewhere, in a browser that reaches nothing else."""
 import functools
 import http.server
+import json
 import os
 import re
 import subprocess
@@ -249,3 +250,66 @@ def test_the_book(tmp_path_factory):
     folder = tmp_path_factory.mktemp('book')
     book.extractall(folder)
     assert not [*dead(folder, [p for p in folder.rglob('*.xhtml')])]
+
+
+# what docs/course.py puts into the notebooks
+
+def tagged(nb): return [c for c in nb['cells'] if 'course' in c['metadata'].get('tags', [])]
+
+
+@pytest.mark.parametrize('page', course.pages().values(), ids=course.pages())
+def test_questions_and_the_way_on(page, monkeypatch):
+    "Three to five questions a lesson, each with the one cell that shows its answer; on writing them, all else stays, and a second time changes nothing."
+    asked = course.quizzes().get(page.name, [])
+    assert len(asked) in ((3, 4, 5) if page.is_lesson else (0,))
+    for question, answer, piece in asked: assert course.cell_with(page, piece) and question.endswith('?')
+    before, after = page.nb, course.with_course(page)
+    rest = [c for c in after['cells'] if c not in tagged(after)]
+    assert [c['source'][1:] for c in rest] == [c['source'][1:] for c in before['cells'] if c not in tagged(before)]
+    read, again = course.read, json.dumps(after)
+    monkeypatch.setattr(course, 'read', lambda path: json.loads(again) if path == page.path else read(path))
+    assert course.with_course(page) == after
+    text = ''.join(course.source(c) for c in tagged(after))
+    assert text.count('<details>') == text.count('</details>') == len(asked)
+    for to in re.findall(r'\]\((.+?\.ipynb)\)', text): assert (page.path.parent/to).is_file(), to
+    if tagged(before): assert before == after, 'python docs/course.py'
+
+
+def test_all_notebooks_have_their_questions_or_none_has():
+    assert len({bool(tagged(p.nb)) for p in course.pages().values()}) == 1, 'python docs/course.py'
+
+
+def test_a_first_cell_installs_where_the_course_is_not(monkeypatch, tmp_path):
+    "With an address in settings.ini, in lessons only; here it does nothing, and where the package is missing it clones, goes there and installs."
+    lesson, second = course.pages()['09_optimizers'], course.pages()['09a_fast_optimizers']
+    assert 'install' not in [c.get('id') for c in course.with_course(lesson)['cells'] + course.with_course(second, 'https://host/course')['cells']]
+    nb = course.with_course(lesson, 'https://host/course')
+    cell = nb['cells'][1]
+    assert cell['id'] == 'install' and [c['execution_count'] for c in nb['cells'] if c['cell_type'] == 'code'][:3] == [1, 2, 3]
+    from IPython.core.inputtransformer2 import TransformerManager
+    code, said = TransformerManager().transform_cell(course.source(cell)), []
+    shell = type('Shell', (), dict(system=said.append, run_line_magic=lambda self, *a: said.append(' '.join(a))))()
+    shell.system = said.append
+    exec(code, {'get_ipython': lambda: shell})
+    assert said == []
+    import importlib.util
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    exec(code, {'get_ipython': lambda: shell})
+    assert said == ['git clone -q https://host/course lesson11', 'cd lesson11/nbs', 'pip install -q ..']
+
+
+@pytest.mark.parametrize('repository', ['', 'https://github.com/somebody/course'])
+def test_buttons_take_the_address_from_one_setting(repository, monkeypatch):
+    import runpy
+    monkeypatch.setattr(course, 'setting', lambda name: repository if name == 'repository' else name)
+    monkeypatch.setitem(sys.modules, 'course', course)
+    conf = runpy.run_path(str(ROOT/'docs/conf.py'))
+    options = conf['html_theme_options']
+    assert ('launch_buttons' in options) == options['use_download_button'] == conf['html_copy_source'] == bool(repository)
+    assert options.get('repository_url', '') == repository
+
+
+def test_no_button_without_an_address(site):
+    if course.setting('repository'): pytest.skip('there is an address')
+    raw = (site/'nbs/09_optimizers.html').read_text(encoding='utf-8')
+    assert 'colab.research' not in raw and 'download-source-button' not in raw
