@@ -21,11 +21,11 @@ myst_enable_extensions, myst_heading_anchors = ['dollarmath', 'amsmath', 'attrs_
 suppress_warnings = ['misc.highlighting_failure']                # an ellipsis where a reader's own code goes
 
 html_theme, html_title = 'sphinx_book_theme', 'lesson11'
-html_last_updated_fmt, html_copy_source = None, False
+html_copy_source = False
 html_extra_path = ['_root']                                    # the address without a name leads to nbs/index.html
 # MathJax in one file, which draws its letters: there are no fonts to be fetched.
 html_static_path = ['_static', str(distribution('sphinx-mathjax-offline').locate_file('sphinx-mathjax-offline/static/mathjax/tex-svg.js'))]
-html_css_files, mathjax_path = ['course.css'], 'tex-svg.js'
+html_css_files, html_math_renderer, mathjax_path = ['course.css'], 'mathjax', 'tex-svg.js'
 
 epub_show_urls, epub_tocscope, epub_tocdepth, epub_tocdup = 'no', 'includehidden', 2, False
 epub_exclude_files = ['index.html', '_static/tex-svg.js']
@@ -39,23 +39,24 @@ if repository:
                                launch_buttons={'colab_url': 'https://colab.research.google.com'})
 
 
+def toctree(pages, caption=''):
+    "A table of contents that shows in the side bar only."
+    heading = f':caption: {caption}\n' if caption else ''
+    return f'```{{toctree}}\n:hidden:\n{heading}\n' + '\n'.join(f'/{p}' for p in pages) + '\n```\n'
+
+
 def begins(page):
     "What stands under the title of a page: how long it takes, what it makes, what may be read after it."
     more = ', '.join(f'[{course.number(p.name)}](/{p.doc}.ipynb)' for p in course.seconds(page))
     after = [] if page.is_lesson else [f'second reading, after [{course.number(page.after)}](/{course.pages()[page.after].doc}.ipynb)']
     parts = [*after, f'{page.minutes} minutes', f'makes `{page.module}`', *([f'second readings: {more}'] if more else [])]
-    return f'\n\n{{.facts}}\n{" · ".join(parts)}\n'
-
-
-def contents(pages, caption=''):
-    "A table of contents that shows in the side bar only."
-    heading = f':caption: {caption}\n' if caption else ''
-    return dict(cell_type='markdown', id='contents', metadata={}, source=f'```{{toctree}}\n:hidden:\n{heading}' + '\n'.join(f'/{p}' for p in pages) + '\n```')
+    tree = toctree(p.doc for p in course.seconds(page)) if more else ''
+    return f'\n\n{{.facts}}\n{" · ".join(parts)}\n\n{tree}\n'
 
 
 def prepared(nb, page):
     "A notebook as the site shows it."
-    made = course.made(page)
+    names = course.made(page)
     cells, answer = [], ''
     for c in nb['cells']:
         src = course.source(c)
@@ -64,9 +65,11 @@ def prepared(nb, page):
         if c['cell_type'] == 'code' and page.name != '00_export': src = course.without_marks(src)
         if 'course' in c['metadata'].get('tags', []) or not src.strip(): continue
         if c['cell_type'] == 'code':
-            c['metadata'] = {'names': [n for n, (at, _) in made.items() if at == c['id']]}
+            c['metadata'] = {'names': [f'cell-{c["id"]}', *(n for n, (at, _) in names.items() if at == c['id'])]}
             if answer: c['metadata'] |= {'tags': ['hide-cell'], 'mystnb': dict.fromkeys(('code_prompt_show', 'code_prompt_hide'), answer)}
         cells.append({**c, 'source': src})
+    def show(page, piece): return f'<a href="#cell-{course.cell_with(page, piece)}">this cell</a>'
+    if made := course.questions(page, show): cells.append(dict(cell_type='markdown', id='questions', metadata={}, source=made))
     cells[0]['source'] = re.sub('^# (.+)', lambda m: f'# {course.number(page.name)} · {m[1]}{begins(page)}', cells[0]['source'])
     return {**nb, 'cells': cells}
 
@@ -90,11 +93,10 @@ def on_read(app, docname, text):
             if c['cell_type'] == 'code' and course.without_marks(course.source(c)) != course.source(c): c['metadata']['tags'] = ['hide-cell']
         lessons = [p.doc for p in course.pages().values() if p.is_lesson]
         beside = ['docs/names', 'docs/colab', 'docs/distributed', 'CONTRIBUTING', 'CHANGELOG']
-        nb['cells'] += [contents(lessons, 'Lessons'), {**contents(beside, 'Beside them'), 'id': 'beside'}]
+        nb['cells'].append(dict(cell_type='markdown', id='contents', metadata={}, source=toctree(lessons, 'Lessons') + '\n' + toctree(beside, 'Beside them')))
     elif name in course.pages():
         page = course.pages()[name]
         nb = prepared(json.loads(text[0]), page)
-        if course.seconds(page): nb['cells'].append(contents(p.doc for p in course.seconds(page)))
     else: return
     text[0] = json.dumps(nb)
 

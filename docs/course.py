@@ -1,8 +1,13 @@
-"""What the site needs to know of the notebooks, read from their text: nothing is imported, nothing executed."""
+"""What the site needs to know of the notebooks, read from their text: nothing is imported, nothing executed.
+
+    python docs/course.py            writes into each notebook its questions, and a last cell that leads on
+    python docs/course.py --check    says only which are out of step (exit status 1)"""
 import ast
 import configparser
 import json
+import os
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from textwrap import shorten
@@ -86,7 +91,7 @@ def defines(src):
         if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found[o.name] = (ast.get_docstring(o) or '').split('\n')[0]
         targets = [*getattr(o, 'targets', []), *([o.target] if isinstance(o, ast.AnnAssign) else [])]
-        for t in [n for t in targets for n in getattr(t, 'elts', [t])]:
+        for t in [n for target in targets for n in getattr(target, 'elts', [target])]:
             if isinstance(t, ast.Name): found[t.id] = comment(src, o.lineno) or f'`{shorten(ast.unparse(o.value), 70, placeholder=" …")}`'
     return found
 
@@ -132,3 +137,83 @@ def where(name, page):
     plain = name.islower() and '_' not in name
     if plain and page and name not in known(page): return None
     return home().get(name)
+
+
+# what is put into the notebooks: cells tagged `course`, made from docs/quizzes.txt, the index and settings.ini
+
+def cell_with(page, piece):
+    "The id of the one code cell of a page that has `piece` in it."
+    found = [c['id'] for c in code(page) if 'course' not in c['metadata'].get('tags', []) and piece in source(c)]
+    if len(found) != 1: raise ValueError(f'docs/quizzes.txt, {page.name}: {len(found)} cells have {piece!r} in them; one is wanted')
+    return found[0]
+
+
+@cache
+def quizzes():
+    "`{lesson: [(question, answer, piece of the cell that shows it)]}`."
+    _, *parts = re.split(r'(?m)^## ', (ROOT/'docs/quizzes.txt').read_text(encoding='utf-8'))
+    return {p.split('\n')[0].strip(): re.findall(r'(?m)^\? (.+)\n! (.+)\n@ (.+)$', p) for p in parts}
+
+
+def questions(page, show=lambda page, piece: f'`{piece.strip()}`'):
+    "The questions of a lesson as Markdown, each answer folded; `show` names the cell that shows it."
+    asked = [f'{i}. {question}\n\n   <details><summary>Answer</summary>\n\n   {answer} Shown by {show(page, piece)}.\n\n   </details>\n'
+             for i, (question, answer, piece) in enumerate(quizzes().get(page.name, []), 1)]
+    return '## Questions\n\n' + '\n'.join(asked) if asked else ''
+
+
+def onward(page):
+    "Where to go from a notebook: the pages around it, the contents, its second readings."
+    def link(to, text): return f'[{text}]({Path(os.path.relpath(to, page.path.parent)).as_posix()})'
+    def named(p): return f'{number(p.name)} · {title(p.nb)}'
+    before, after = around(page)
+    parts = [link(before.path, f'← {named(before)}')] if before else []
+    parts += [link(ROOT/'nbs/index.ipynb', 'contents'), *([link(after.path, f'{named(after)} →')] if after else [])]
+    more = [link(p.path, named(p)) for p in seconds(page)]
+    return ' | '.join(parts) + ('\n\nSecond readings: ' + ', '.join(more) if more else '')
+
+
+def install(page, repository):
+    "Code that fetches and installs the course where it is not, on a borrowed machine; elsewhere it does nothing."
+    folder = page.path.parent.relative_to(ROOT).as_posix()
+    up = Path(os.path.relpath(ROOT, page.path.parent)).as_posix()
+    return ("from importlib.util import find_spec\nif not find_spec('exp'):                                  # on Colab, Kaggle …\n"
+            f'    !git clone -q {repository} lesson11\n    %cd lesson11/{folder}\n    %pip install -q {up}')
+
+
+def cell(kind, id, text):
+    made = dict(cell_type=kind, id=id, metadata={'tags': ['course']}, source=text.splitlines(keepends=True))
+    return made | (dict(execution_count=None, outputs=[]) if kind == 'code' else {})
+
+
+def with_course(page, repository=''):
+    "The notebook with the cells that are made for it, and its answers folded and numbered."
+    nb, answers = page.nb, False
+    cells = [c for c in nb['cells'] if 'course' not in c['metadata'].get('tags', [])]
+    for c in cells:
+        answers = answers or bool(re.search('(?m)^## Exercises', source(c)))
+        if not answers or c['cell_type'] != 'code': continue
+        c['metadata']['jupyter'] = c['metadata'].get('jupyter', {}) | dict(source_hidden=True, outputs_hidden=True)
+        c['source'][:1] = [re.sub(r'^# (\d)', r'# Answer \1', line) for line in c['source'][:1]]
+    if repository and page.is_lesson: cells.insert(1, cell('code', 'install', install(page, repository)))
+    made = questions(page)
+    cells += ([cell('markdown', 'questions', made)] if made else []) + [cell('markdown', 'onward', onward(page))]
+    for n, c in enumerate((c for c in cells if c['cell_type'] == 'code' and source(c).strip()), 1):
+        c['execution_count'] = n
+        for o in c['outputs']:
+            if o.get('execution_count'): o['execution_count'] = n
+    return nb | {'cells': cells}
+
+
+def main():
+    stale = []
+    for page in pages().values():
+        text = json.dumps(with_course(page, setting('repository')), ensure_ascii=False, indent=1) + '\n'
+        if text == page.path.read_text(encoding='utf-8'): continue
+        stale.append(f'{page.doc}.ipynb')
+        if '--check' not in sys.argv[1:]: page.path.write_text(text, encoding='utf-8', newline='\n')
+    if '--check' in sys.argv[1:] and stale: sys.exit('out of step, python docs/course.py writes them: ' + ', '.join(stale))
+    print(*stale, sep='\n')
+
+
+if __name__ == '__main__': main()
