@@ -118,7 +118,7 @@ def split_stratified(il: ItemList, by, valid_pct: float = .2, seed: int = 42) ->
 def split_by_idx(il: ItemList, idx) -> SplitData:
     "Items at the places `idx` are for validation. Raises `IndexError` for one that is not there."
     mask = np.zeros(len(il), bool)
-    mask[np.asarray(idx, int)] = True
+    mask[[int(i) for i in idx]] = True
     return SplitData.split_by_mask(il, mask)
 
 # %% ../nbs/more/08c_tables.ipynb #a5604720
