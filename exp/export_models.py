@@ -18,8 +18,8 @@ from torch import nn
 
 from .callbacks import CudaCallback, DataBunch
 from .data_block import ItemBunch, ItemList
-from .files import (CheckpointError, check_model, plain, read_file, refusing, write_atomic,
-                       write_file)
+from .files import (CheckpointError, check_model, plain, read_file, refusing, unwrapped,
+                       write_atomic, write_file)
 from .convnets import bare
 from .learner import Explain, Learner, fit_only
 
@@ -223,7 +223,8 @@ def load_safetensors(learn: Learner, path) -> Learner:
     "Take over weights in safetensors. `CheckpointError`: nothing has changed."
     path, model, lib = Path(path).expanduser(), bare(learn.model), _safetensors()
     with refusing(path):
-        sd = lib.load_file(path)
+        if not path.is_file(): raise ValueError('there is no such file')
+        sd = unwrapped(lib.load_file(path), model)
         check_model(model, sd)
         model.load_state_dict(sd)
     return learn

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'HOLDS', 'PLAIN', 'plain', 'CheckpointError', 'sweep', 'write_atomic', 'write_file', 'refusing',
-           'read_file', 'check_model', 'same_kind', 'brief', 'opt_state', 'load_opt', 'save', 'load']
+           'read_file', 'check_model', 'same_kind', 'brief', 'opt_state', 'load_opt', 'save', 'unwrapped', 'load']
 
 # %% ../nbs/09ca_files.ipynb #b0744794
 import contextlib, copy, io, os, pickle, pickletools, re, secrets, time, warnings, zipfile
@@ -183,7 +183,8 @@ def check_model(model, sd) -> None:
 def same_kind(saved, here, where) -> None:
     "Raise `ValueError` where `saved` holds another kind of thing than `here`; None fits all."
     number = bool, int, float, torch.Tensor
-    numbers = isinstance(saved, number) and isinstance(here, number)
+    many = torch.is_tensor(saved) and not torch.is_tensor(here) and saved.numel() != 1
+    numbers = isinstance(saved, number) and isinstance(here, number) and not many
     if saved is None or here is None or numbers: return
     if type(saved) is not type(here):
         raise ValueError(f'{where} is {type(saved).__name__}, not {type(here).__name__}')
@@ -215,6 +216,12 @@ def load_opt(opt, model, saved) -> None:
         if saved[k] != mine[k]:
             raise ValueError(f'{k} of its optimizer: {brief(saved[k])}; here: {brief(mine[k])}')
     _inner(opt).load_state_dict(copy.deepcopy(saved['state']))
+    first = {}
+    for p, s in _inner(opt).state.items():                 # parameters have states alike
+        kinds = {k: tuple(v.shape) == tuple(p.shape) if torch.is_tensor(v) else type(v)
+                 for k, v in s.items()}
+        if s and first.setdefault(p.dim(), kinds) != kinds or not s.get('step', 0) >= 0:
+            raise ValueError(f'its optimizer has {brief(kinds)} for one, {brief(first)} for others')
 
 # %% ../nbs/09ca_files.ipynb #0f5eb379
 def save(learn, path, opt: bool = True) -> Path:
@@ -225,7 +232,7 @@ def save(learn, path, opt: bool = True) -> Path:
     write_file(path, 'weights', state)
     return Path(path).expanduser()
 
-def _unwrapped(sd, model):
+def unwrapped(sd, model) -> dict:
     "`sd` by the names in `model`, whatever `torch.compile` and DDP put into either's."
     def short(k): return re.sub(r'\b(_orig_mod|module)\.', '', k)
     mine = {short(k): k for k in model.state_dict()}
@@ -243,7 +250,7 @@ def load(learn, path, opt: bool = True) -> Learner:
     new = (learn.opt or learn.make_opt()) if opt and 'opt' in d else None
     rates = [h.get('lr') for h in get_hypers(new)] if new else []
     with refusing(path, snapshot(model, new, objects=[new] if new else [])):
-        sd = _unwrapped(d['model'], model)
+        sd = unwrapped(d['model'], model)
         check_model(model, sd)
         if new: load_opt(new, model, d['opt'])
         model.load_state_dict(sd)
