@@ -125,7 +125,8 @@ def on_resolved(app, tree, docname):
 
 
 def on_page(app, docname, template, context, tree):
-    "Before and after a lesson are lessons."
+    "Before and after a lesson are lessons. (myst-nb's style sheet comes too late to be packed into the book.)"
+    if app.builder.name == 'epub': context['css_files'] = [c for c in context['css_files'] if 'mystnb' not in str(c.filename)]
     page = course.pages().get(docname.split('/')[-1])
     if page is None: return
     for key, other in zip(('prev', 'next'), course.around(page)):
