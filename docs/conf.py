@@ -92,7 +92,7 @@ def on_read(app, docname, text):
         for c in nb['cells']:
             if c['cell_type'] == 'code' and course.without_marks(course.source(c)) != course.source(c): c['metadata']['tags'] = ['hide-cell']
         lessons = [p.doc for p in course.pages().values() if p.is_lesson]
-        beside = ['docs/names', 'docs/colab', 'docs/distributed', 'CONTRIBUTING', 'CHANGELOG']
+        beside = ['docs/names', 'docs/colab', 'docs/distributed', 'docs/other_libraries', 'CONTRIBUTING', 'CHANGELOG']
         nb['cells'].append(dict(cell_type='markdown', id='contents', metadata={}, source=toctree(lessons, 'Lessons') + '\n' + toctree(beside, 'Beside them')))
     elif name in course.pages():
         page = course.pages()[name]

@@ -139,6 +139,9 @@ def where(name, page):
     return home().get(name)
 
 
+# Lessons at the ceiling of their minutes (tests/house.py): their questions stand on the site alone, until there is room.
+FULL = ()
+
 # what is put into the notebooks: cells tagged `course`, made from docs/quizzes.txt, the index and settings.ini
 
 def cell_with(page, piece):
@@ -165,12 +168,12 @@ def questions(page, show=lambda page, piece: f'`{piece.strip()}`'):
 def onward(page):
     "Where to go from a notebook: the pages around it, the contents, its second readings."
     def link(to, text): return f'[{text}]({Path(os.path.relpath(to, page.path.parent)).as_posix()})'
-    def named(p): return f'{number(p.name)} · {title(p.nb)}'
     before, after = around(page)
-    parts = [link(before.path, f'← {named(before)}')] if before else []
-    parts += [link(ROOT/'nbs/index.ipynb', 'contents'), *([link(after.path, f'{named(after)} →')] if after else [])]
-    more = [link(p.path, named(p)) for p in seconds(page)]
-    return ' | '.join(parts) + ('\n\nSecond readings: ' + ', '.join(more) if more else '')
+    parts = [link(before.path, f'← {number(before.name)}')] if before else []
+    parts += [link(ROOT/'nbs/index.ipynb', 'contents')]
+    if after: parts.append(link(after.path, f'{number(after.name)} · {title(after.nb)} →'))
+    more = [link(p.path, number(p.name)) for p in seconds(page)]
+    return ' | '.join(parts) + (f' | beside: {", ".join(more)}' if more else '')
 
 
 def install(page, repository):
@@ -196,7 +199,7 @@ def with_course(page, repository=''):
         c['metadata']['jupyter'] = c['metadata'].get('jupyter', {}) | dict(source_hidden=True, outputs_hidden=True)
         c['source'][:1] = [re.sub(r'^# (\d)', r'# Answer \1', line) for line in c['source'][:1]]
     if repository and page.is_lesson: cells.insert(1, cell('code', 'install', install(page, repository)))
-    made = questions(page)
+    made = questions(page) if page.name not in FULL else ''
     cells += ([cell('markdown', 'questions', made)] if made else []) + [cell('markdown', 'onward', onward(page))]
     for n, c in enumerate((c for c in cells if c['cell_type'] == 'code' and source(c).strip()), 1):
         c['execution_count'] = n
