@@ -140,7 +140,7 @@ def where(name, page):
 
 
 # Lessons at the ceiling of their minutes (tests/house.py): their questions stand on the site alone, until there is room.
-FULL = ()
+FULL = ('01_datasets', '06_convnets', '07c_items', '08_data_block', '09_optimizers', '09ca_files', '09d_checkpoints', '10_transforms')
 
 # what is put into the notebooks: cells tagged `course`, made from docs/quizzes.txt, the index and settings.ini
 
