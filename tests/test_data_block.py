@@ -123,7 +123,7 @@ def test_what_pillow_opens_is_found(tmp_path, kind):
 
 
 def test_a_class_without_pictures_and_files_left_out_are_named(tmp_path):
-    pictures(tmp_path, 'train/cat/1.png', 'train/cow/1.png', 'more/x/1.png')
+    pictures(tmp_path, 'train/cat/1.png', 'train/cow/1.png', 'more/x/1.png', 'loose/1.png')
     for n in ('labels.csv', 'train/labels.csv', 'more/notes.txt'): (tmp_path/n).touch()              # beside the classes: nobody's business
     def said(*names):
         with warnings.catch_warnings(record=True) as told:
