@@ -183,6 +183,7 @@ class EMA(Callback):
         if there != here: raise ValueError('its averages are of another network')
         self.avg, self.n = sd['avg'], sd['n']
 
+# %% ../nbs/more/11e_recipes.ipynb #26daefe5
 def load_averaged(learn, path) -> Learner:
     """Take the averaged weights, those of the table, from a checkpoint of a fit with `EMA`; `load`
     takes those as trained. `CheckpointError`: nothing has changed."""
