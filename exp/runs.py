@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OTHERS', 'SETTINGS', 'RESULT', 'place', 'new_folder', 'newest_run', 'finite', 'keep', 'read_json', 'same_data',
            'kept', 'begun_with', 'same_settings', 'from_first', 'only_here', 'settings_file', 'complain', 'not_written',
-           'history', 'Patient', 'summarise']
+           'history', 'Patient', 'crashed', 'summarise']
 
 # %% ../nbs/more/11f_runs.ipynb #a6043243
-import csv, errno, io, itertools, json, math, os, statistics, sys, time
+import csv, errno, io, itertools, json, math, os, statistics, sys, time, traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from .datasets import DataError
 from .distributed import rank0_only, rank_and_size
 from .files import CheckpointError, refusing, sweep, write_atomic
-from .predict import one_line
+from .predict import gave_out, one_line
 from .recipes import RECIPES
 
 # %% ../nbs/more/11f_runs.ipynb #f698cfd8
@@ -199,6 +199,14 @@ class Patient:
         except OSError as e:
             if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
             self.full = True
+
+# %% ../nbs/more/11f_runs.ipynb #c445e468
+def crashed(e):
+    "A fault of the machine in a sentence, one of this program as Python tells it. Status 4."
+    said = f'the machine gave out: {e or "no memory left"}'.splitlines()[0]
+    if gave_out(e): return complain(said, 4)
+    traceback.print_exc()
+    return 4
 
 # %% ../nbs/more/11f_runs.ipynb #855a761c
 def summarise(results) -> dict:

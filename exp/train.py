@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ENDS', 'DRAWN', 'SAID', 'run_options', 'get_parser', 'find_data', 'found_data', 'new_settings', 'check',
            'settings_in', 'settle', 'settings_line', 'result_line', 'get_cbs', 'batch_size', 'WhenBegun', 'get_batches',
-           'finish', 'train_one', 'train_seed', 'train', 'how_far', 'crashed', 'report', 'ending', 'main']
+           'finish', 'train_one', 'train_seed', 'train', 'how_far', 'report', 'ending', 'main']
 
 # %% ../nbs/more/11g_exp_train.ipynb #d7be7ff9
 import argparse, contextlib, itertools, math, os, platform, shlex, sys, time
-import traceback, warnings
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +26,12 @@ from .fast_batches import fast_dl, in_memory
 from .fault_tolerance import ProcessLost, report_lost, share_any
 from .faster import ChannelsLast, Compile, native_dtype, native_precision
 from .mixed_precision import MixedPrecision
-from .predict import Parser, checked_device, gave_out, one_line, probe
+from .predict import Parser, checked_device, one_line, probe
 from .progress import ProgressCallback
 from .recipes import (CROPPED, RECIPES, get_items, get_recipe, get_training, number,
                          recipe_options)
-from .runs import (OTHERS, SETTINGS, Patient, begun_with, complain, from_first, history, keep,
-                      kept, new_folder, newest_run, not_written, only_here, place, same_settings,
+from .runs import (OTHERS, SETTINGS, Patient, begun_with, complain, crashed, from_first, history,
+                      keep, kept, new_folder, newest_run, not_written, only_here, place, same_settings,
                       settings_file, summarise)
 from .training_callbacks import CSVLogger, TensorBoardCallback
 
@@ -278,13 +278,6 @@ def how_far(a, done):
         said += f', accuracy {r["valid_accuracy"]:.3f} after epoch {r["epoch"]}'
     if not rows and len(done) < 2: return said
     return f'{said}; exp-train --resume --log-dir {shlex.quote(a.log_dir)} goes on'
-
-def crashed(e):
-    "A fault of the machine in a sentence, one of this program as Python tells it. Status 4."
-    said = f'the machine gave out: {e or "no memory left"}'.splitlines()[0]
-    if gave_out(e): return complain(said, 4)
-    traceback.print_exc()
-    return 4
 
 # %% ../nbs/more/11g_exp_train.ipynb #e1942001
 def report(a) -> int:
