@@ -31,8 +31,8 @@ from .progress import ProgressCallback
 from .recipes import (CROPPED, RECIPES, get_items, get_recipe, get_training, number,
                          recipe_options)
 from .runs import (OTHERS, SETTINGS, Patient, begun_with, complain, crashed, from_first, history,
-                      keep, kept, new_folder, newest_run, not_written, only_here, place, same_settings,
-                      settings_file, summarise)
+                      keep, kept, new_folder, newest_run, not_written, only_here, place,
+                      same_settings, settings_file, summarise)
 from .training_callbacks import CSVLogger, TensorBoardCallback
 
 # %% ../nbs/more/11g_exp_train.ipynb #336ba50b
