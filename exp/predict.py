@@ -117,6 +117,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f'{self.prog}: {one_line(message)}\n')
     def _print_message(self, message, file=None): say(message.rstrip('\n'), file or sys.stderr)
 
+# %% ../nbs/more/11d_exp_predict.ipynb #a2cc0f69
 def _count(s):
     "`s` as a whole number from 1 on, for argparse."
     if int(s) < 1: raise argparse.ArgumentTypeError(f'{s} is less than 1')
@@ -204,6 +205,7 @@ def gave_out(e) -> bool:
     "Whether the exception is the machine's: no memory left, or a process that was killed for it."
     return isinstance(e, MemoryError) or any(w in str(e) for w in ('DataLoader worker', 'allocate'))
 
+# %% ../nbs/more/11d_exp_predict.ipynb #21751759
 def main(args=None) -> int:
     "`exp-predict`; returns its exit status."
     a, done = get_parser().parse_args(args), []
