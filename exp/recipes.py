@@ -27,9 +27,7 @@ from .data_block import (ImageList, ResizeFixed, SplitData, grandparent_splitter
                             parent_labeler, to_byte_tensor)
 from .datasets import DataError
 from .faster import native_dtype
-from .files import check_model, read_file, refusing
 from .learner import Learner
-from .lr_find import snapshot
 from .mixup import CutMix, Mixup, OneOf
 from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, StepCount, adam_opt, debias,
                             lamb, lars, sgd_mom_opt, sgd_opt, weight_decay)
@@ -182,6 +180,10 @@ class EMA(Callback):
         there, here = ([t.shape for t in ts] for ts in (sd['avg'], self.avg))
         if there != here: raise ValueError('its averages are of another network')
         self.avg, self.n = sd['avg'], sd['n']
+
+# %% ../nbs/more/11e_recipes.ipynb #26daefe5
+from .files import check_model, read_file, refusing
+from .lr_find import snapshot
 
 def load_averaged(learn, path) -> Learner:
     """Take the averaged weights, those of the table, from a checkpoint of a fit with `EMA`; `load`
