@@ -192,7 +192,7 @@ def test_modes_set_before_a_fit_are_kept_and_put_back(loop, how):
     if how == 'evaluates': bn.eval()
     elif how == 'all of it evaluates': model.eval()
     else: learn.opt.freeze(0)
-    modes, before, seen = [m.training for m in model.modules()], flat(bn), set()
+    modes, before, seen = [m.training for m in model.modules()], bn.running_mean.clone(), set()
     watch = At('after_pred', lambda run: seen.add((run.in_train, dropout.training, bn.training)))
     run = learn if loop is Learner else Runner(model, toy(), CE, learn.opt, [watch])
     if loop is Learner: run.add_cbs(watch)
@@ -200,7 +200,7 @@ def test_modes_set_before_a_fit_are_kept_and_put_back(loop, how):
         run.fit(1)
         assert [m.training for m in model.modules()] == modes
     trains = how == 'all of it evaluates'
-    assert flat(bn).equal(before) != trains and seen == {(True, True, trains), (False, False, False)}
+    assert bn.running_mean.equal(before) != trains and seen == {(True, True, trains), (False, False, False)}
     watch.after_pred = raises(ZeroDivisionError(), lambda run: not run.in_train)
     run = learner(watch) if loop is Learner else run
     with pytest.raises(ZeroDivisionError): run.fit(1)
