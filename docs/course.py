@@ -165,12 +165,11 @@ def questions(page, show=lambda page, piece: f'`{piece.strip()}`'):
 def onward(page):
     "Where to go from a notebook: the pages around it, the contents, its second readings."
     def link(to, text): return f'[{text}]({Path(os.path.relpath(to, page.path.parent)).as_posix()})'
-    def named(p): return f'{number(p.name)} · {title(p.nb)}'
     before, after = around(page)
-    parts = [link(before.path, f'← {named(before)}')] if before else []
-    parts += [link(ROOT/'nbs/index.ipynb', 'contents'), *([link(after.path, f'{named(after)} →')] if after else [])]
-    more = [link(p.path, named(p)) for p in seconds(page)]
-    return ' | '.join(parts) + ('\n\nSecond readings: ' + ', '.join(more) if more else '')
+    parts = [link(before.path, f'← {number(before.name)}')] if before else []
+    parts += [link(ROOT/'nbs/index.ipynb', 'contents'), *([link(after.path, f'{number(after.name)} →')] if after else [])]
+    more = [link(p.path, number(p.name)) for p in seconds(page)]
+    return ' | '.join(parts) + (' | beside it: ' + ', '.join(more) if more else '')
 
 
 def install(page, repository):
