@@ -169,11 +169,10 @@ def onward(page):
     "Where to go from a notebook: the pages around it, the contents, its second readings."
     def link(to, text): return f'[{text}]({Path(os.path.relpath(to, page.path.parent)).as_posix()})'
     before, after = around(page)
-    parts = [link(before.path, f'← {number(before.name)}')] if before else []
-    parts += [link(ROOT/'nbs/index.ipynb', 'contents')]
-    if after: parts.append(link(after.path, f'{number(after.name)} · {title(after.nb)} →'))
+    parts = [link(before.path, f'←{number(before.name)}')] if before else []
+    parts += [link(ROOT/'nbs/index.ipynb', 'contents'), *([link(after.path, f'{number(after.name)}→')] if after else [])]
     more = [link(p.path, number(p.name)) for p in seconds(page)]
-    return ' | '.join(parts) + (f' | beside: {", ".join(more)}' if more else '')
+    return ' · '.join([*parts, *(['beside: ' + ', '.join(more)] if more else [])])
 
 
 def install(page, repository):

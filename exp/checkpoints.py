@@ -16,7 +16,7 @@ import torch
 from .annealing import ParamScheduler
 from .callbacks import Callback, get_hypers, to_device
 from .convnets import bare
-from .files import (CheckpointError, brief, check_model, load_opt, opt_state, plain, read_file,
+from .files import (CheckpointError, check_model, load_opt, opt_state, plain, read_file,
                        refusing, same_kind, sweep, write_file)
 from .lr_find import (generator_state, load_loader_state, loader_state, own_generators,
                          rng_state, set_generator_state, set_rng_state, snapshot)
@@ -114,8 +114,8 @@ def compare_facts(saved, here) -> None:
     "Raise `ValueError` for the first of the facts `here` that was another one when it was saved."
     for k, v in here.items():
         if str(saved.get(k, v)) != str(v):
-            raise ValueError(f'it is of another fit: {k} {brief(saved[k])} in the file, here '
-                             f'{brief(v)} (load(learn, path) takes weights and optimizer only)')
+            raise ValueError(f'it is of another fit: {k} {saved[k]!s:.80} in the file, here '
+                             f'{v!s:.80} (load(learn, path) takes weights and optimizer only)')
 
 # %% ../nbs/09d_checkpoints.ipynb #1cfafa5d
 NAME = re.compile(r'\d{6}-[0-9a-f]{4}\.\d{9}\.pt')          # run, random letters, steps
@@ -162,7 +162,7 @@ class Checkpoint(Callback):
         compare_facts(d['facts'], data_facts(learn.data))
         numbers, n = [*d['position'], d['n_iter']], len(learn.data.train_dl)
         whole = len(numbers) == 3 and all(type(i) is int and i >= 0 for i in numbers)
-        if not whole or numbers[1] > n: raise ValueError(f'there is no place {brief(numbers)}')
+        if not whole or numbers[1] > n: raise ValueError(f'there is no place {numbers!s:.80}')
 
     def begin_fit(self, run):
         self.data, self.at_pass = run.data, None

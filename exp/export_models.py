@@ -157,7 +157,7 @@ def unpack_data(s, c_in, c_out):
     labels, items = SimpleNamespace(y=Words(unpack(s['procs']))), SimpleNamespace(x=x)
     return ItemBunch(None, None, c_in, c_out, SimpleNamespace(train=labels, valid=items))
 
-# %% ../nbs/more/09h_export_models.ipynb #842356f9
+# %% ../nbs/more/09h_export_models.ipynb #131be16b
 _MAYBE, _COUNT = (dict, type(None)), (int, type(None))
 HOLDS = {'export': {'layers': _MAYBE, 'model': _MAYBE, 'cbs': list, 'data': _MAYBE,
                     'c_in': _COUNT, 'c_out': _COUNT}}
@@ -167,6 +167,7 @@ def shapes_batches(cb) -> bool:
     if fit_only(cb) or isinstance(cb, (CudaCallback, Explain)): return False
     return any(hasattr(cb, e) for e in ('begin_validate', 'begin_batch', 'after_pred'))
 
+# %% ../nbs/more/09h_export_models.ipynb #842356f9
 def export(learn: Learner, path, model: bool = True, cbs=None) -> Path:
     """Write what predicting needs: the model with its layers, the transforms of the validation set,
     the words of the labels, and the callbacks that shape a batch (or `cbs`). Plain data, no code.
@@ -203,7 +204,7 @@ def load_learner(path, model=None, device=None) -> Learner:
             raise ValueError('it was written without layers: load_learner(path, model)')
         return Learner(net.eval(), data, None, cbs=[CudaCallback(device or 'cpu'), *cbs])
 
-# %% ../nbs/more/09h_export_models.ipynb #c5e8a6da
+# %% ../nbs/more/09h_export_models.ipynb #66004393
 def _safetensors():
     try: import safetensors.torch
     except ImportError: raise ImportError('needed here: pip install safetensors') from None
@@ -219,6 +220,7 @@ def save_safetensors(learn: Learner, path) -> Path:
     write_atomic(path, lambda f: f.write(data))
     return path
 
+# %% ../nbs/more/09h_export_models.ipynb #c5e8a6da
 def load_safetensors(learn: Learner, path) -> Learner:
     "Take over weights in safetensors. `CheckpointError`: nothing has changed."
     path, model, lib = Path(path).expanduser(), bare(learn.model), _safetensors()

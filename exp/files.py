@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'HOLDS', 'PLAIN', 'plain', 'CheckpointError', 'sweep', 'write_atomic', 'write_file', 'refusing',
-           'read_file', 'check_model', 'same_kind', 'brief', 'opt_state', 'load_opt', 'save', 'unwrapped', 'load']
+           'read_file', 'check_model', 'same_kind', 'opt_state', 'load_opt', 'save', 'unwrapped', 'load']
 
 # %% ../nbs/09ca_files.ipynb #b0744794
 import contextlib, copy, io, os, pickle, pickletools, re, secrets, time, warnings, zipfile
@@ -91,7 +91,7 @@ def write_file(path, kind, state) -> None:
     torch.save({**head, **plain(state, kind)}, out := io.BytesIO())
     write_atomic(path, lambda f: f.write(out.getbuffer()))
 
-# %% ../nbs/09ca_files.ipynb #7a6a2b3a
+# %% ../nbs/09ca_files.ipynb #0a276e1a
 _KNOWN = re.compile(r'collections OrderedDict|torch (\w+Storage|[a-z]+\d+\w*)|torch\.storage '
                     r'UntypedStorage|torch\._utils _rebuild_(tensor_v[23]|parameter)')
 
@@ -105,6 +105,7 @@ def _scan(code):
         if 'PUT' not in op.name: last = op.name
         elif 'TUPLE' in last: tuples.add(arg)
 
+# %% ../nbs/09ca_files.ipynb #7a6a2b3a
 def _load(path):
     "What is in a file of torch's: Python checks it and hands torch a clean copy."
     if not path.is_file(): raise ValueError('there is no such file')
@@ -192,13 +193,10 @@ def same_kind(saved, here, where) -> None:
     if isinstance(here, dict):
         for k, v in here.items(): same_kind(saved.get(k), v, f'{where}.{k}')
 
-# %% ../nbs/09ca_files.ipynb #054f5358
+# %% ../nbs/09ca_files.ipynb #7d2df710
 def _inner(opt): return getattr(opt, 'opt', opt)           # ours inside a bridge to torch
 
 def _name(f): return getattr(f, '__name__', None) or _name(getattr(f, 'func', type(f)))
-def brief(o):
-    "`o` as text of at most 80 letters."
-    return str(o) if len(str(o)) <= 80 else str(o)[:79] + '…'
 
 def opt_state(opt, model) -> dict:
     "The state of an optimizer, ours or torch's, with its kind and its parameters' names by group."
@@ -209,19 +207,20 @@ def opt_state(opt, model) -> dict:
             'groups': [[names.get(p, '?') for p in g] for g in groups],
             'state': plain(opt.state_dict(), 'the optimizer')}
 
+# %% ../nbs/09ca_files.ipynb #054f5358
 def load_opt(opt, model, saved) -> None:
     "Put `saved`, from `opt_state`, into `opt`. Raises `ValueError` for another optimizer's."
     mine = opt_state(opt, model)
     for k in ('kind', 'groups'):
         if saved[k] != mine[k]:
-            raise ValueError(f'{k} of its optimizer: {brief(saved[k])}; here: {brief(mine[k])}')
+            raise ValueError(f'{k} of its optimizer: {saved[k]!s:.80}; here: {mine[k]!s:.80}')
     _inner(opt).load_state_dict(copy.deepcopy(saved['state']))
     first = {}
     for p, s in _inner(opt).state.items():                 # parameters have states alike
         kinds = {k: tuple(v.shape) == tuple(p.shape) if torch.is_tensor(v) else type(v)
                  for k, v in s.items()}
         if s and first.setdefault(p.dim(), kinds) != kinds or not s.get('step', 0) >= 0:
-            raise ValueError(f'its optimizer has {brief(kinds)} for one, {brief(first)} for others')
+            raise ValueError(f'its optimizer has {kinds!s:.80} for one, {first!s:.80} for others')
 
 # %% ../nbs/09ca_files.ipynb #0f5eb379
 def save(learn, path, opt: bool = True) -> Path:
@@ -239,27 +238,33 @@ def unwrapped(sd, model) -> dict:
     if sd.keys() == model.state_dict().keys(): return sd
     return {mine.get(short(k), k): v for k, v in sd.items()}
 
+# %% ../nbs/09ca_files.ipynb #583572e0
+def _rates(opt): return [h.get('lr') for h in get_hypers(opt)] if opt else []
+
+def _tell(path, averaged, now, asked):
+    "Warn of what one might not expect: weights that are not EMA's, another rate than asked for."
+    said = []
+    if averaged: said.append('weights as trained; those that EMA averaged, and its table shows, '
+                             'are had by exp.recipes.load_averaged')
+    if now != asked: said.append(f'the optimizer goes on with lr {now}, as saved, not with {asked};'
+                                 ' load(…, opt=False) takes the weights alone')
+    for s in said: warnings.warn(f'{path}: {s}', stacklevel=3)
+
 # %% ../nbs/09ca_files.ipynb #911479d6
 def load(learn, path, opt: bool = True) -> Learner:
     """Take over weights, and with `opt` the optimizer's state where the file has it.
 
     From `save`, a checkpoint, or torch's own `save`. `CheckpointError`: nothing has changed."""
     d, model = read_file(path, 'weights', 'checkpoint'), bare(learn.model)
-    averaged = d.get('kind') == 'checkpoint' and 'EMA 1' in d['callbacks']
+    averaged = 'EMA 1' in d.get('callbacks', ()) and d['kind'] == 'checkpoint'
     d = d['parts'] if d.get('kind') == 'checkpoint' else d
     new = (learn.opt or learn.make_opt()) if opt and 'opt' in d else None
-    rates = [h.get('lr') for h in get_hypers(new)] if new else []
+    rates = _rates(new)
     with refusing(path, snapshot(model, new, objects=[new] if new else [])):
         sd = unwrapped(d['model'], model)
         check_model(model, sd)
         if new: load_opt(new, model, d['opt'])
         model.load_state_dict(sd)
-    saved = [h.get('lr') for h in get_hypers(new)] if new else []
-    if averaged:
-        warnings.warn(f'{path}: weights as trained; those that EMA averaged, and its table shows: '
-                      'exp.recipes.load_averaged', stacklevel=2)
-    if saved != rates:
-        warnings.warn(f'{path}: the optimizer goes on with lr {saved}, as saved, not with {rates}; '
-                      'load(…, opt=False) takes the weights alone', stacklevel=2)
+    _tell(path, averaged, _rates(new), rates)
     learn.opt = new or learn.opt
     return learn

@@ -70,7 +70,7 @@ def ranked(learn, pred, k: int = 1) -> list:
     best = p.argsort(descending=True, stable=True)[:k].tolist()
     return [(names[i], p[i].item()) for i in best]
 
-# %% ../nbs/more/11d_exp_predict.ipynb #22208324
+# %% ../nbs/more/11d_exp_predict.ipynb #83c4eb70
 def in_folder(folder):
     """`(files, n)`: all pictures in a folder and its subfolders, and how many other files there
     are. Raises `DataError` where there are no pictures."""
@@ -79,6 +79,7 @@ def in_folder(folder):
     if not files: raise DataError(f'no pictures in this folder, and {others} other files')
     return [*map(str, files)], others
 
+# %% ../nbs/more/11d_exp_predict.ipynb #22208324
 def find_pictures(names, others=None):
     """`(files, {name: why})`: files as they are named, pictures in folders, what patterns find.
 
@@ -117,7 +118,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f'{self.prog}: {one_line(message)}\n')
     def _print_message(self, message, file=None): say(message.rstrip('\n'), file or sys.stderr)
 
-# %% ../nbs/more/11d_exp_predict.ipynb #a2cc0f69
+# %% ../nbs/more/11d_exp_predict.ipynb #5802839f
 def _count(s):
     "`s` as a whole number from 1 on, for argparse."
     if int(s) < 1: raise argparse.ArgumentTypeError(f'{s} is less than 1')
@@ -128,6 +129,7 @@ STATUS = ('Exit status 0: all pictures predicted (other files in a folder are co
           'could not be read; 2: a mistake in the options or the model; 4: the machine has no '
           'memory left; 130: interrupted; 141: nobody reads on.')
 
+# %% ../nbs/more/11d_exp_predict.ipynb #a2cc0f69
 def get_parser() -> Parser:
     "The options of `exp-predict`."
     p = Parser('exp-predict', epilog=STATUS, description=
@@ -179,12 +181,11 @@ def write_results(file, results):
 def predict_all(a, done) -> int:
     """`exp-predict` with the parsed options `a`: a line a file. `done` gets the records. How many
     files failed."""
-    learn = load_learner(a.model, device=checked_device(a.device))
-    others = {}
+    learn, others = load_learner(a.model, device=checked_device(a.device)), {}
     files, lost = find_pictures(a.files, others)
     if a.json: probe(a.json)                                  # now, not after an hour of predicting
-    for name, why in lost.items(): complain(f'{name}: {why}')
-    for name, n in others.items(): complain(f'{name}: {n} files left out, no pictures by name')
+    left = {name: f'{n} files left out, no pictures by name' for name, n in others.items()}
+    for name, why in {**lost, **left}.items(): complain(f'{name}: {why}')
     said = {'model': a.model, 'predictions': done, 'failed': lost, 'left_out': others}
     width = max(map(len, map(one_line, files)), default=0) if sys.stdout.isatty() else 0
     try:
@@ -193,8 +194,7 @@ def predict_all(a, done) -> int:
                 lost[f] = why
                 complain(f'{f}: {why}')
                 continue
-            top = ranked(learn, pred, a.top)
-            done.append(record(f, top))
+            done.append(record(f, top := ranked(learn, pred, a.top)))
             say(told(f, top, width), sys.stdout)
     finally:                                                  # after Ctrl-C too: what there is
         if a.json: write_results(a.json, said)
