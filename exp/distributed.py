@@ -78,7 +78,7 @@ def sum_stats(run):
     device = next(run.model.parameters()).device
     tables = [cb.stats for cb in run.cbs if isinstance(cb, AvgStatsCallback)]
     for s in [s for stats in tables for s in stats.values()]:
-        if s.totals is None: s.totals = torch.zeros(1 + len(s.means), device=device)
+        if s.totals is None: s.totals = torch.zeros(2 + len(s.means), device=device)
         s.over_processes()
         if not s.count: s.reset()
 

@@ -11,7 +11,6 @@ from nbclient.exceptions import CellExecutionError
 
 ids = [p.stem for p in NBS]
 TRAINS = 2.                                # seconds: a cell that takes longer runs once
-ONCE = {'f6d0ddf7', '2d35d54f', '3878dd9f'}       # cells (08b, 09j, 11f) that fail when they run again. Wanted: none
 
 
 def run_each_twice(client):
@@ -20,7 +19,7 @@ def run_each_twice(client):
         if cell.cell_type != 'code' or not cell.source.strip(): continue
         start = time.perf_counter()
         client.execute_cell(cell, n - 1)
-        if time.perf_counter() - start < TRAINS and cell.id not in ONCE: client.execute_cell(cell, n - 1)
+        if time.perf_counter() - start < TRAINS: client.execute_cell(cell, n - 1)
 
 
 @pytest.mark.parametrize('path', NBS, ids=ids)
