@@ -256,7 +256,7 @@ def load(learn, path, opt: bool = True) -> Learner:
 
     From `save`, a checkpoint, or torch's own `save`. `CheckpointError`: nothing has changed."""
     d, model = read_file(path, 'weights', 'checkpoint'), bare(learn.model)
-    averaged = 'EMA 1' in d.get('callbacks', ()) and d['kind'] == 'checkpoint'
+    averaged = d.get('kind') == 'checkpoint' and 'EMA 1' in d['callbacks']
     d = d['parts'] if d.get('kind') == 'checkpoint' else d
     new = (learn.opt or learn.make_opt()) if opt and 'opt' in d else None
     rates = _rates(new)

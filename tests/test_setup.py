@@ -149,7 +149,7 @@ def lab(tmp_path):
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     args = f'--no-browser --allow-root --port={port} --ServerApp.port_retries=0 --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'
     dirs = {f'JUPYTER_{k}_DIR': str(tmp_path/k) for k in ('CONFIG', 'DATA', 'RUNTIME')} | {'JUPYTERLAB_WORKSPACES_DIR': str(tmp_path/'w')}
-    line = run(tool('make'), '-n', '-o', '.venv/stamp-dev', 'lab', f'BIN={os.path.dirname(sys.executable)}', f'ARGS={args}', cwd=ROOT)
+    line = run(tool('make'), '--no-print-directory', '-n', '-o', '.venv/stamp-dev', 'lab', f'BIN={os.path.dirname(sys.executable)}', f'ARGS={args}', cwd=ROOT)
     log = tmp_path/'log'
     with open(log, 'w') as f: p = subprocess.Popen(['bash', '-c', 'exec ' + line.splitlines()[-1]], cwd=ROOT, env={**ENV, **dirs}, stdout=f, stderr=f)
     try:
@@ -255,7 +255,7 @@ def test_the_container_is_described_as_its_readers_expect():
     jsonschema = pytest.importorskip('jsonschema')
     c = json.loads((ROOT/'.devcontainer/devcontainer.json').read_text())
     jsonschema.Draft202012Validator(CONTAINER).validate(c)
-    assert c['postCreateCommand'].split()[0] == 'make' and 'pip install' in run(tool('make'), '-nB', *c['postCreateCommand'].split()[1:], cwd=ROOT)
+    assert c['postCreateCommand'].split()[0] == 'make' and 'pip install' in run(tool('make'), '--no-print-directory', '-nB', *c['postCreateCommand'].split()[1:], cwd=ROOT)
     assert c['customizations']['vscode']['settings']['python.defaultInterpreterPath'] == '.venv/bin/python'
 
 
