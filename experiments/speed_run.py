@@ -1,0 +1,148 @@
+"""The most accuracy that two cores give in a few minutes: each try a row of speed_run.csv beside this file, also those that did not help.
+
+    EXP_MIRROR=../shared/mirror OMP_NUM_THREADS=1 python experiments/speed_run.py [--ideas A …] [--seeds 100 …] [--most N]
+
+As in five_minutes.py, every fifth picture of Imagenette's training set is held out and judges (1,894), and the other 7,575 train: the validation
+set has no say. An idea of IDEAS is what it changes in `START`, the recipe of the five minutes before; `opt` and `cbs` are functions of this script.
+`cpu_seconds` counts the training and its one validation, not the decoding before it; `step_seconds` is the optimizer's share of them. On a
+busy machine they are up to a fifth too many, so ideas are compared by both columns, and by a clock only in the end. An idea and seed that the csv
+holds is not run again.
+"""
+import argparse
+import csv
+import platform
+import time
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+from five_minutes import held_out
+from torch import nn
+
+from exp import recipes as T
+from exp.callbacks import AvgStatsCallback, Callback, accuracy
+from exp.convnets import init_cnn, keep_freed_memory
+from exp.fast_batches import fast_dl, in_memory
+from exp.faster import ChannelsLast, cpu_bf16, native_precision
+from exp.optimizers import AverageGrad, AverageSqrGrad, Optimizer, StepCount, adam_step, weight_decay
+from exp.xresnet import XResNet, conv_norm, relu
+
+OUT = Path(__file__).with_suffix('.csv')
+FIELDS = ['idea', 'seed', 'accuracy', 'valid_loss', 'train_loss', 'n_train', 'n_valid', 'cpu_seconds', 'step_seconds', 'date', 'settings']
+
+
+def gram_ns(g, steps):
+    """Newton–Schulz of `g` (n, m) by its Gram matrix: two products with the long side, whatever the `steps`.
+
+    The steps of Muon, x ← (a + b·xxᵀ + c·(xxᵀ)²)·x, only ever multiply x from the left, by polynomials in its first xxᵀ, and those commute."""
+    if g.shape[0] > g.shape[1]: return gram_ns(g.mT, steps).mT
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g/g.norm().clamp(min=1e-7)
+    s, q = x @ x.mT, None
+    for i in range(steps):
+        p = torch.addmm(s, s, s, beta=b, alpha=c)
+        p.diagonal().add_(a)
+        q = p if q is None else p @ q
+        if i + 1 < steps: s = p @ s @ p
+    return q @ x
+
+
+def muon_step(p, lr, mom, mom_damp, grad_avg, times, ns, **kwargs):
+    "Muon with the scale of the first post, √max(1, n_out/n_in), at `times` the rate of the rest."
+    g = (mom_damp*p.grad + mom*grad_avg).flatten(1)
+    scale = max(1, g.shape[0]/g.shape[1])**.5
+    p.add_(gram_ns(g, ns).reshape(p.shape), alpha=-lr*times*scale)
+
+
+def muon_or_adam(p, lr, **kwargs): (muon_step if p.ndim == 4 else adam_step)(p, lr=lr, **kwargs)
+muon_or_adam._defaults = dict(times=3., ns=3, **adam_step._defaults)
+
+
+class Timed(Optimizer):
+    seconds = 0.
+    def step(self):
+        started = time.process_time()
+        super().step()
+        Timed.seconds += time.process_time() - started
+
+
+STATS = [AverageGrad(dampening=True), AverageSqrGrad(), StepCount()]
+adam = partial(Timed, steppers=[weight_decay, adam_step], stats=STATS)
+muon = partial(Timed, steppers=[weight_decay, muon_or_adam], stats=STATS)
+OPTS = dict(adam=adam, muon=muon)
+
+
+def get_net(options, c_in, c_out, width):
+    "XResNet-18 with changes; `two`: both strides of the stem in its convolutions, no pooling."
+    options = {'layers': (2, 2, 2, 2), 'width': width, **options}
+    two = options.pop('two', False)
+    net = XResNet(**options, c_in=c_in, c_out=c_out)
+    if two:
+        net.stem = init_cnn(nn.Sequential(*conv_norm(c_in, 16, 3, 2, act=relu), *conv_norm(16, 32, 3, 2, act=relu)))
+        net.pool = nn.Identity()
+    return net
+
+
+TWO = dict(two=True)
+START = dict(epochs=20, size=96, crops=(48, 80), wd=.03, validate=0)
+SILU = dict(act=partial(nn.SiLU, inplace=True))
+M = dict(opt='muon')
+M128 = dict(M, bs=128)
+IDEAS = {                                                        # name: (changes of START, of the optimizer's hypers, of XResNet)
+    'Adam': ({}, {}, {}),
+    'Muon, 20 epochs': (M, {}, {}),
+    'Muon, batches of 128': (dict(M, bs=128), {}, {}),
+    'Muon, batches of 128, rate 0.02': (dict(M, bs=128, lr=.02), {}, {}),
+    'Muon, batches of 128, 16 epochs': (dict(M, bs=128, epochs=16), {}, {}),
+    'Muon, 128, two strides in the stem': (M128, {}, TWO),
+    'Muon, 128, 2-2-2-1 blocks': (M128, {}, dict(layers=(2, 2, 2, 1))),
+    'Muon, 128, rotated and coloured': (dict(M128, tfms='strong'), {}, {}),
+    'Muon, 128, SiLU': (M128, {}, SILU),
+    'Muon, 128, wd 0.1': (dict(M128, wd=.1), {}, {}),
+    'Muon, 128, flat then cosine': (dict(M128, sched='flat'), {}, {}),
+    'Muon, 128, 3 times the pictures: crops 64-96, 112 px, 13 epochs': (dict(M128, size=112, crops=(64, 96), epochs=13), {}, {}),
+}
+
+
+def run(idea, seed, path):
+    "One training: a row of the csv."
+    changes, hypers, network = IDEAS[idea]
+    T.ARCHS['arm'] = partial(get_net, network)
+    changes = {**START, 'opt': 'adam', 'lr': .01, **changes}
+    for k, f in OPTS.items():
+        T.OPTS[k] = partial(f, **hypers)
+        T.LRS[k] = .01
+    r = T.get_recipe('cpu', 'cpu', arch='arm', **changes)
+    items = T.get_items(path, r['size'], round(1.25*max(r['crops'])))
+    data = in_memory(items, 1e9).to_databunch(r['bs'], seed=seed, valid_bs=128, make_dl=fast_dl)
+    st, started, Timed.seconds = AvgStatsCallback(accuracy, silent=True), time.process_time(), 0.
+    T.get_training(data, r, 'cpu', seed, [ChannelsLast(), st, *native_precision('cpu')]).fit(r['epochs'])
+    row = st.rows[-1]
+    return dict(idea=idea, seed=seed, accuracy=round(row['valid_accuracy'], 4), valid_loss=round(row['valid_loss'], 4), train_loss=round(row['train_loss'], 4),
+                n_train=len(items.train), n_valid=len(items.valid), cpu_seconds=round(time.process_time() - started), step_seconds=round(Timed.seconds),
+                date=date.today(), settings={**changes, **hypers, **{k: str(v)[:40] for k, v in network.items()}})
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    p.add_argument('--ideas', nargs='+', choices=list(IDEAS), default=list(IDEAS), metavar='A')
+    p.add_argument('--seeds', type=int, nargs='+', default=[100])
+    p.add_argument('--most', type=int, default=10**6, help='stop after this many trainings')
+    p.add_argument('--folder', type=Path, default=Path(__file__).parent.parent/'runs/held_out', help='the two parts of the training set (made here if there is none)')
+    p.add_argument('--out', type=Path, default=OUT, help='another file, to try the script')
+    a = p.parse_args()
+    keep_freed_memory()
+    if not a.out.exists():
+        a.out.write_text(f'# python experiments/speed_run.py; imagenette2-160, torch {torch.__version__}, python {platform.python_version()}, {cpu_bf16() or "float32"}, '
+                         f'{torch.get_num_threads()} thread(s)\n' + ','.join(FIELDS) + '\n')
+    done = {(r['idea'], int(r['seed'])) for r in csv.DictReader(l for l in a.out.read_text().splitlines() if l[0] != '#')}
+    todo = [(idea, s) for s in a.seeds for idea in a.ideas if (idea, s) not in done][:a.most]
+    if todo: held_out(a.folder)
+    for idea, seed in todo:
+        row = run(idea, seed, a.folder)
+        with a.out.open('a', newline='') as f: csv.DictWriter(f, FIELDS, lineterminator='\n').writerow(row)
+        print(row, flush=True)
+
+
+if __name__ == '__main__': main()
