@@ -21,7 +21,7 @@ from five_minutes import held_out
 from torch import nn
 
 from exp import recipes as T
-from exp.callbacks import AvgStatsCallback, Callback, accuracy
+from exp.callbacks import AvgStatsCallback, accuracy
 from exp.convnets import init_cnn, keep_freed_memory
 from exp.fast_batches import fast_dl, in_memory
 from exp.faster import ChannelsLast, cpu_bf16, native_precision
