@@ -10,6 +10,8 @@ from collections import namedtuple
 
 import torch
 
+from .sample import subplots
+
 # %% ../nbs/more/11h_calibration.ipynb #3241674e
 Calibration = namedtuple('Calibration', 'ece edges count confidence accuracy')
 
@@ -32,8 +34,7 @@ def measure_calibration(probs, targets, bins: int = 15) -> Calibration:
 # %% ../nbs/more/11h_calibration.ipynb #42bc50d7
 def plot_reliability(cal, title=''):
     "A figure of a `Calibration`: accuracy by confidence, on each bar how many items it is of."
-    import matplotlib.pyplot as plt             # here: importing exp is quick
-    fig, ax = plt.subplots(figsize=(4.4, 3.2), dpi=80)
+    fig, ax = subplots(figsize=(4.4, 3.2), dpi=80)
     bars = ax.bar(cal.edges[:-1], cal.accuracy.nan_to_num(), cal.edges[1], align='edge', ec='w')
     ax.bar_label(bars, [n or '' for n in cal.count.tolist()], fontsize=7)
     ax.plot([0, 1], [0, 1], 'k--')

@@ -21,6 +21,7 @@ from torch import nn
 from .minibatch import batch_len, binary_accuracy, metric_name    # noqa: F401
 from .minibatch import AvgStats, DataBunch, Dataset, accuracy, column_names, get_dls
 from .minibatch import over_the_whole, split_batch
+from .sample import subplots
 
 _all_ = ['AvgStats', 'DataBunch', 'Dataset', 'accuracy', 'batch_len', 'binary_accuracy',
          'column_names', 'get_dls', 'metric_name', 'over_the_whole', 'split_batch']  # also here
@@ -291,8 +292,7 @@ class Recorder(Callback):
         self.hypers = {k: v.tolist() for k, v in sd['hypers'].items()}
 
 def _draw(ys, name, ax, **kwargs):
-    import matplotlib.pyplot as plt         # here, so that importing exp does not wait for it
-    ax = ax or plt.subplots(figsize=(5, 2.6), dpi=70)[1]
+    ax = ax or subplots(figsize=(5, 2.6), dpi=70)[1]
     ax.plot(ys, **kwargs)
     ax.set(xlabel='batch', ylabel=name, title=f'{name} per batch')
     return ax

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .sample import subplots
+
 # %% ../nbs/06_convnets.ipynb #4c6f81ca
 class Lambda(nn.Module):
     "A layer that applies the function `func`."
@@ -53,8 +55,7 @@ def append_stats(hook, mod, inp, out, lo=-2., hi=8., bins=40):
 # %% ../nbs/06_convnets.ipynb #553a07f2
 def plot_stats(hooks, title=''):
     "A figure of what `append_stats` has counted over the batches, a line for each of `hooks`."
-    import matplotlib.pyplot as plt             # here, so that importing exp does not wait for it
-    fig, axs = plt.subplots(1, 3, figsize=(10, 2.5), dpi=60)
+    fig, axs = subplots(1, 3, figsize=(10, 2.5), dpi=60)
     for i, h in enumerate(hooks):
         if not hasattr(h, 'stats'): raise ValueError(f'layer {i}: no batch in training mode yet')
         (ms, ss, hs), (lo, hi) = h.stats, h.limits
@@ -72,8 +73,7 @@ def plot_stats(hooks, title=''):
 # %% ../nbs/06_convnets.ipynb #774eb8bd
 def plot_hists(hooks, title=''):
     "Histogram of each layer's outputs against batch: bright is many (log scale)."
-    import matplotlib.pyplot as plt
-    fig, axs = plt.subplots(1, len(hooks), figsize=(2.4*len(hooks), 2), dpi=60, squeeze=False)
+    fig, axs = subplots(1, len(hooks), figsize=(2.4*len(hooks), 2), dpi=60, squeeze=False)
     for i, (ax, h) in enumerate(zip(axs[0], hooks)):
         extent = 0, len(h.stats[2]), *h.limits
         counts = torch.stack(h.stats[2]).T.log1p()

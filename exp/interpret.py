@@ -16,6 +16,7 @@ from .data_block import ItemList, same_draws, show_images
 from .datasets import readable
 from .learner import in_order
 from .mixup import ignored_label
+from .sample import subplots
 
 # %% ../nbs/11a_interpret.ipynb #4a7edfce
 def loss_of_each(loss_func, preds, targets):
@@ -86,10 +87,9 @@ class Interpretation:
 
     def plot_confusion_matrix(self, title='what was taken for what'):
         "A figure of the counts; the colour is the share of the row."
-        import matplotlib.pyplot as plt         # here: importing exp is quick
         cm, n = self.confusion_matrix(), len(self.names)
         share = cm/cm.sum(1, keepdim=True).clamp(min=1)
-        fig, ax = plt.subplots(figsize=[min(.42*n + 1.6, 12)]*2, dpi=70)
+        fig, ax = subplots(figsize=[min(.42*n + 1.6, 12)]*2, dpi=70)
         ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
         ax.set(title=title, xlabel='predicted', ylabel='true')
         ax.set_xticks(range(n), self.names, rotation=90, parse_math=False)

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 
 from .datasets import DataError, printable
 from .lr_find import snapshot
+from .sample import subplots
 
 # %% ../nbs/07c_items.ipynb #c0c1eaf5
 Image.init()                                                     # now Pillow knows all its kinds
@@ -104,12 +105,11 @@ def open_image(fn) -> Image.Image:
 def show_image(im, title='', ax=None, figsize=(2, 2)):
     """A picture on matplotlib axes: PIL, an array (H, W) or (H, W, C), or a tensor (C, H, W) of
     bytes or of floats; floats beyond 0–1 are squeezed into it."""
-    import matplotlib.pyplot as plt                              # here: importing exp is quick
     if torch.is_tensor(im):
         im = im.detach().cpu().permute(1, 2, 0).squeeze(-1)
         lo, hi = im.min().clamp(max=0), im.max().clamp(min=1)
         if im.is_floating_point(): im = ((im - lo)/(hi - lo)).float()
-    ax = ax or plt.subplots(figsize=figsize, dpi=60)[1]
+    ax = ax or subplots(figsize=figsize, dpi=60)[1]
     ax.imshow(np.asarray(im), cmap='gray')
     ax.set_title(printable(title), fontsize=8, parse_math=False)
     ax.axis('off')
@@ -118,10 +118,9 @@ def show_image(im, title='', ax=None, figsize=(2, 2)):
 # %% ../nbs/07c_items.ipynb #8f384bd5
 def show_images(ims, titles=(), title='', cols=4):
     "Rows of `cols` pictures with their titles; all that `show_image` takes."
-    import matplotlib.pyplot as plt
     ims = list(ims)
     rows, cols = -(-len(ims)//cols), min(cols, len(ims))
-    fig, axs = plt.subplots(rows, cols, figsize=(cols*2.25, rows*2.5 + .3), dpi=64, squeeze=False)
+    fig, axs = subplots(rows, cols, figsize=(cols*2.25, rows*2.5 + .3), dpi=64, squeeze=False)
     for ax in axs.flat: ax.axis('off')
     for ax, im, t in zip(axs.flat, ims, [*titles, *['']*len(ims)]): show_image(im, t, ax)
     fig.suptitle(printable(title), fontsize=10, parse_math=False)

@@ -17,6 +17,7 @@ from torch.utils.data import (DataLoader, IterableDataset, RandomSampler, Sequen
 
 from .callbacks import (Callback, CancelEpochException, CancelFitException, get_hypers,
                            over_the_whole, smoothed)
+from .sample import subplots
 
 # %% ../nbs/05a_lr_find.ipynb #a10b7848
 class LR_Find(Callback):
@@ -62,9 +63,8 @@ class LR_Find(Callback):
 
     def plot(self, ax=None):
         "Loss against rate (log scale), smoothed, with the suggestion."
-        import matplotlib.pyplot as plt                   # here, so that importing exp is quick
         n = len(self.losses)
-        ax = ax or plt.subplots(figsize=(5, 2.6), dpi=70)[1]
+        ax = ax or subplots(figsize=(5, 2.6), dpi=70)[1]
         ax.plot(self.lrs[:n], self.losses, alpha=.25)
         ax.plot(self.lrs[:n], self.smooth())
         ax.set(xscale='log', xlabel='learning rate', ylabel='training loss')

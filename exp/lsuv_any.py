@@ -17,6 +17,7 @@ from .callbacks import to_device
 from .convnets import bare
 from .lr_find import load_loader_state, loader_state, rng_state, set_rng_state, snapshot
 from .lsuv import LAYERS
+from .sample import subplots
 
 # %% ../nbs/more/07b_lsuv_any_net.ipynb #966e1baf
 def _moments(t):
@@ -267,8 +268,7 @@ class LSUVReport(list):
 
     def plot(self, title='LSUV', ax=None):
         "Std of each layer's output before and after (log scale); a ring around what failed."
-        import matplotlib.pyplot as plt             # here, so that importing exp is quick
-        ax = ax or plt.subplots(figsize=(5, 2.6), dpi=70)[1]
+        ax = ax or subplots(figsize=(5, 2.6), dpi=70)[1]
         def shown(v): return v if 0 < v < math.inf else math.nan
         for key, label in (('std_before', 'before'), ('std', 'after')):
             ax.semilogy([shown(r[key]) for r in self], '.-', label=label)

@@ -241,6 +241,18 @@ def test_whatever_is_a_picture_is_shown(im):
     plt.close('all')
 
 
+def test_a_loop_of_plots_keeps_one_of_them_open():
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    plt.close('all')
+    mine, x = plt.figure(), torch.rand(3, 8, 9)
+    kept = [D.show_image(x).figure for _ in range(5)] + [D.show_images([x, x]) for _ in range(5)]
+    assert len(plt.get_fignums()) == 2 and plt.fignum_exists(mine.number)
+    for f in kept: f.savefig(io.BytesIO())                                                # closed is not gone
+    plt.close('all')
+
+
 def test_normalised_bytes():
     x = torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8)
     x[:, 1] = 200                                                                         # nothing to divide by
