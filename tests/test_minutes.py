@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,13 +30,21 @@ SIZED = dict(arch='lesson', width=.25, size=16, crops=(8, 16), bs=4, tfms='crop'
 OTHERS = dict(bs_given=True, valid_pct=0., split_seed=0, seed=0, device='cpu', bf16=None, compile=False)
 
 
-@pytest.mark.parametrize('n', [3, 8, 40])
-def test_costs_by_a_clock_that_ticks(tmp_path, n):
+@pytest.mark.parametrize('n, share', [(3, 10/12), (8, 1), (40, 51/160)])
+def test_costs_by_a_clock_that_ticks(tmp_path, n, share):
     clock, c = Clock(), {**get_recipe('cpu', **SIZED), **OTHERS}
     costs, total = M.measure(c, folder(tmp_path, n=n), clock), 2*n                     # of two classes, in train/ and val/
     assert costs.epoch == pytest.approx(.125*-(-total//4)) and costs.judge == pytest.approx(.125*total/8)
-    assert .125 <= costs.load <= .125*8, 'as many ticks as the pictures are more than those of the trial'
+    assert costs.load == pytest.approx(.125/share), 'in the trial: whole batches of 4, every third of 80'
     assert get_recipe('cpu', **SIZED) == {k: c[k] for k in get_recipe('cpu')}, 'the settings are as they were'
+
+
+def test_the_first_batches_do_not_count():
+    watch, run = M.Stopwatch(iter([0, 9, 18, 20, 22.]).__next__), SimpleNamespace(in_train=True)
+    watch.begin_fit(run)
+    watch.begin_epoch(run)
+    for _ in range(4): watch.after_batch(run)
+    assert watch.train == 2
 
 
 def test_larger_crops_cost_more_by_simpsons_rule(tmp_path, monkeypatch):
@@ -64,7 +73,7 @@ def test_seconds_counted_out(costs, epochs, every):
     assert M.seconds_of(costs, epochs, every) == pytest.approx(t)
 
 
-@pytest.mark.parametrize('speed, minutes, arch, crops', [(1, 1, 'xresnet18', [48, 80]), (1, 9, 'xresnet18', [64, 112]), (1, 60, 'xresnet34', [64, 112]), (20, 60, 'xresnet18', [48, 80])])
+@pytest.mark.parametrize('speed, minutes, arch, crops', [(1, 1, 'xresnet18', [48, 80]), (1, 6, 'xresnet18', [48, 80]), (1, 9, 'xresnet18', [64, 112]), (1, 60, 'xresnet34', [64, 112]), (20, 60, 'xresnet18', [48, 80])])
 def test_who_has_time_gets_larger_pictures_and_a_larger_net(speed, minutes, arch, crops):
     clock = Clock(0.)
     def cost(c):
