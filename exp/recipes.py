@@ -22,7 +22,7 @@ from torch import nn
 from .annealing import combine_scheds, cos_1cycle_anneal, sched_cos, sched_no
 from .batch_transforms import Augment, RandomColor
 from .batchnorm import conv_layer
-from .callbacks import Callback, CancelEpochException
+from .callbacks import Callback, CancelEpochException, default_device
 from .convnets import bare, get_cnn_model, init_cnn
 from .data_block import (ImageList, ResizeFixed, SplitData, grandparent_splitter, item_draws,
                             label_by_func, parent_labeler, to_byte_tensor)
@@ -34,6 +34,7 @@ from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, StepCount, adam
                             lamb, lars, sgd_mom_opt, sgd_opt, weight_decay)
 from .pictures import any_rgb, open_picture
 from .since_2019 import Remember
+from .speed_run import fast_muon
 from .train_imagenette import Recipe, crop_and_flip, get_learner, one_cycle
 from .transforms import BatchAugment, RandomAffine, RandomFlip
 from .xresnet import MaxBlurPool, xresnet18, xresnet34, xresnet50, xse_resnext50
@@ -131,8 +132,9 @@ def _copy(p): return p.detach().clone()
 ranger = partial(Optimizer, steppers=[weight_decay, radam_step, lookahead_step], mom=.95,
                  stats=[AverageGrad(dampening=True), AverageSqrGrad(), StepCount(),
                         Remember(slow=_copy)])
-OPTS = dict(sgd=sgd_opt, momentum=sgd_mom_opt, adam=adam_opt(), lamb=lamb, lars=lars, ranger=ranger)
-LRS = dict(sgd=.3, momentum=.1, adam=.01, lamb=.02, lars=2., ranger=8e-3)    # where none is given
+OPTS = dict(sgd=sgd_opt, momentum=sgd_mom_opt, adam=adam_opt(), lamb=lamb, lars=lars, ranger=ranger,
+            muon=fast_muon)
+LRS = dict(sgd=.3, momentum=.1, adam=.01, lamb=.02, lars=2., ranger=8e-3, muon=.01)   # if not given
 
 # %% ../nbs/more/11e_recipes.ipynb #cddef0b7
 def lesson_cycle(lr):
@@ -266,7 +268,10 @@ def get_recipe(name=None, device='cpu', **changes) -> dict:
 def as_page(c, seed=42, device=None) -> Recipe:
     "The page's `Recipe` for the settings `c`: what is a word there is a function here."
     numbers = {k: c[k] for k in ('epochs', 'size', 'bs', 'lr', 'wd', 'smooth')}
-    return Recipe(arch=partial(ARCHS[c['arch']], width=c['width']), opt=OPTS[c['opt']],
+    opt, half = OPTS[c['opt']], c.get('bf16') is not False
+    half = half and native_dtype(device or default_device())[0] == torch.bfloat16
+    if c['opt'] == 'muon': opt = partial(opt, half=half)                  # notebook 11ba
+    return Recipe(arch=partial(ARCHS[c['arch']], width=c['width']), opt=opt,
                   sched=SCHEDS[c['sched']], tfms=TFMS[c['tfms']], crops=tuple(c['crops']),
                   seed=seed, device=device, **numbers)
 

@@ -174,7 +174,7 @@ def small_weights():
 
 
 @pytest.mark.parametrize('change', [dict(width=.5), dict(arch='xresnet18', width=.125), dict(epochs=1), dict(crops=(20, 20)), dict(opt='adam'), dict(opt='sgd'), dict(opt='lamb'), dict(opt='lars'),
-                                    dict(opt='ranger'), dict(lr=.06), dict(wd=.2), dict(sched='flat'), dict(sched='lesson'), dict(tfms='none', crops=None), dict(tfms='flip', crops=None), dict(tfms='strong'),
+                                    dict(opt='ranger'), dict(opt='muon'), dict(lr=.06), dict(wd=.2), dict(sched='flat'), dict(sched='lesson'), dict(tfms='none', crops=None), dict(tfms='flip', crops=None), dict(tfms='strong'),
                                     dict(mixup=.4), dict(cutmix=1.), dict(smooth=.1), dict(ema=.9)], ids=str)
 def test_every_setting_changes_the_result(change, small_weights):
     w = weights(**change)
