@@ -21,7 +21,7 @@ from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import (EVENTS, NO_PASS, AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
                            CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, binary_accuracy, get_dls, get_hypers, get_runner, metric_name)
 from exp.convnets import Hook, Hooks, Lambda, append_stats, get_cnn_model, init_cnn, plot_hists, plot_stats
-from exp.minibatch import option
+from exp.minibatch import AvgStats, option
 
 
 def runner(*cbs, data=None, lr=.1, loss=F.cross_entropy, wrap=lambda model: model):
