@@ -116,7 +116,7 @@ def ask(m, pred, yb):
         raise TypeError(f'{metric_name(m)} of predictions, {type(pred).__name__}: {e}') from e
 
 def labels_that_count(run, n):
-    "Of how many labels of a batch of `n` items `run.loss` is a mean: without ignored ones, weighed."
+    "Of how many labels of a batch of `n` items `run.loss` is a mean: not ignored, and weighed."
     yb, f = run.yb, getattr(run, 'loss_func', None)
     if not torch.is_tensor(yb) or not yb.numel() or yb.is_floating_point(): return n
     counted, weight = yb[yb != option(f, 'ignore_index', -100)], option(f, 'weight')
