@@ -33,6 +33,9 @@ def _comments(source):
             own = not t.line[:t.start[1]].strip()
             if t.type == tokenize.COMMENT: yield t.start[0], t.string, own
 
+def _like_a_mark(word):
+    return word.startswith('export') or difflib.get_close_matches(word, _NAMES, cutoff=.8)
+
 def _lookalikes(source):
     "`(line, text)` of each comment that looks like a mark, and is none."
     marks = {i + 1 for i, _, _ in classic_directives(source)}
@@ -40,11 +43,10 @@ def _lookalikes(source):
         m = re.match(r'#+([\s#|!@:+%]*)([\w-]+)(\s*[(=\[]|\.\w)?(.*)', text)
         if not m or m[3] or line in marks: continue        # `#export(x)`: code, put out of action
         word, *more = re.findall(r'[\w-]+', (m[2] + m[4]).lower().replace('-', '_'))
+        if m[1].isspace() and (not own or len(more) > 1 or word in _PROSE): continue
         hidden, both = word.startswith(('hide', 'collapse')), '_'.join([word, *more[:1]])
-        prose = m[1].isspace() and (not own or len(more) > 1 or word in _PROSE)
-        for w in () if prose else (word, both, *more[:hidden]):
-            near = difflib.get_close_matches(w, _NAMES, cutoff=.8)
-            if near or w.startswith('export') or [w] == ['exp', *more]: yield line, text; break
+        near = [*map(_like_a_mark, [word, both, *more[:hidden]]), [word, *more] == ['exp']]
+        if any(near): yield line, text
 
 # %% ../nbs/more/00b_exp_export.ipynb #f4018d8e
 def read_notebook(path):

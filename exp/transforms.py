@@ -272,12 +272,11 @@ def _new_generator(seed):
     return torch.Generator().manual_seed(seed)
 
 def only_pictures_move(run):
-    "Raises `TypeError` where a target is a map of the picture, of any size, and would stay."
-    yb, (h, w) = getattr(run, 'yb', None), run.xb.shape[-2:]
-    ys = yb.values() if isinstance(yb, dict) else yb if isinstance(yb, (list, tuple)) else [yb]
-    for shape in (getattr(y, 'shape', ()) for y in ys):
-        if len(shape) > 2 and shape[-1] > 1 and shape[-2]*w == shape[-1]*h:
-            raise TypeError('targets are pictures and would stay: move both by Augment.draw, 10a')
+    "Raises `TypeError` where targets (N, …, …) lie in the picture, as masks do, and would stay."
+    ys = getattr(run, 'yb', None)
+    ys = ys.values() if isinstance(ys, dict) else ys if isinstance(ys, (list, tuple)) else [ys]
+    if any(len(getattr(y, 'shape', ())) > 2 for y in ys):
+        raise TypeError('targets are pictures and would stay: move both by `Augment.draw` (10a)')
 
 class BatchAugment(Callback):
     """Sends training batches through `tfms`, on their device, before they are normalised. They draw
