@@ -33,6 +33,7 @@ def _comments(source):
             own = not t.line[:t.start[1]].strip()
             if t.type == tokenize.COMMENT: yield t.start[0], t.string, own
 
+# %% ../nbs/more/00b_exp_export.ipynb #5a1c20de
 def _like_a_mark(word):
     return word.startswith('export') or difflib.get_close_matches(word, _NAMES, cutoff=.8)
 
