@@ -102,9 +102,10 @@ def most_epochs(costs, every, seconds, most=200) -> int:
     fit = itertools.takewhile(lambda e: seconds_of(costs, e, every) <= seconds, range(1, most + 1))
     return max(fit, default=1)
 
-# %% ../nbs/more/11fa_minutes.ipynb #582c840f
+# %% ../nbs/more/11fa_minutes.ipynb #488f5bbc
 PLANS = {30: dict(size=128, crops=[64, 112]),                        # from so many epochs on
-         60: dict(arch='xresnet34', size=128, crops=[64, 112], tfms='strong', mixup=.2)}
+         60: dict(arch='xresnet34', size=128, crops=[64, 112], tfms='strong', mixup=.2,
+                  opt='adam', lr=.01, bs=64, wd=.03)}
 
 def plan(c, given, left, measure) -> dict:
     """The settings `c` with as many epochs as end within `left()` seconds, and with the last of

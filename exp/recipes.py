@@ -231,7 +231,7 @@ RECIPES = dict(
     lesson=dict(_FIVE, arch='lesson', width=1., size=128, crops=None, opt='sgd', lr=.3, wd=0.,
                 sched='lesson', tfms='none', smooth=0., validate=1),
     cpu=_FIVE,
-    cpu16=dict(_FIVE, epochs=26, wd=.03, validate=6),
+    cpu16=dict(_FIVE, epochs=26, opt='muon', bs=128, wd=.1, validate=6),
     gpu=dict(_FIVE, arch='leaderboard', width=1., size=128, crops=None, bs=32, opt='ranger',
              lr=8e-3, wd=1e-4, sched='flat', tfms='flip', validate=1))
 

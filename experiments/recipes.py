@@ -5,7 +5,7 @@
 A row of RUNS is a name and the options of exp-train behind it. Optimizer, rate and batch size were chosen on a fifth of the training set that was
 held out, for 5 epochs; the rows of 13, 38 and 42 epochs take them over and no setting of theirs was compared. (38 is what two threads
 have time for in a quarter of an hour, by the 16 minutes that 42 took them.) The row of 26 epochs was chosen by five_minutes.py, on held-out training
-pictures too, and 26 is what two threads have time for in five minutes, by what 6 took them. The rows of 60 and 85 have a deeper network
+pictures too, and 26 is what two threads have time for in five minutes, by what 6 took them; its optimizer and decay of '26 epochs, Muon' by speed_run.py. The rows of 60 and 85 have a deeper network
 and pictures that are harder to know by heart (DEEPER): put together by what is usual, and judged once on held-out training pictures
 (recipes_held_out.csv). The 3,925 validation pictures judge each row once for
 each seed. `cpu_seconds` is what all threads together took, loading included: on a machine that is shared it says more than a clock. `arithmetic`
@@ -31,6 +31,7 @@ DEEPER = '--arch xresnet34 --tfms strong --mixup .2 --wd .03'
 RUNS = {'lesson': '--recipe lesson',
         '5 epochs': '--recipe cpu',
         '26 epochs': '--recipe cpu --epochs 26 --wd .03 --validate 0',
+        '26 epochs, Muon': '--recipe cpu --opt muon --bs 128 --wd .1 --epochs 26 --validate 0',
         '13 epochs': '--recipe cpu --epochs 13 --crops 64-96 --size 112 --validate 0',
         '38 epochs': '--recipe cpu --epochs 38 --crops 64-112 --size 128 --validate 0',
         '42 epochs': '--recipe cpu --epochs 42 --crops 64-112 --size 128 --validate 0',

@@ -195,7 +195,7 @@ def test_recipes(monkeypatch):
     for native, want in ((torch.bfloat16, 'cpu16'), (None, 'cpu')):
         monkeypatch.setattr(R, 'native_dtype', lambda device, native=native: (native, ''))
         assert R.get_recipe(device='cpu')['recipe'] == want
-    assert {**R.RECIPES['cpu'], **dict(epochs=26, wd=.03, validate=6)} == R.RECIPES['cpu16']          # the row of 26 epochs in the README
+    assert {**R.RECIPES['cpu'], **dict(epochs=26, opt='muon', bs=128, wd=.1, validate=6)} == R.RECIPES['cpu16']          # the row of 26 epochs, Muon, in the README
     assert R.get_recipe('lesson', opt='adam')['lr'] == R.LRS['adam'] and R.get_recipe('lesson', opt='adam', lr=1.)['lr'] == 1.
     assert R.get_recipe('cpu', size=192)['crops'] == (96, 160) and R.get_recipe('cpu', size=192, crops=(9, 9))['crops'] == (9, 9)
     for bad in (dict(name='cake'), dict(sugar=1), dict(name='lesson', crops=(48, 80))):
