@@ -262,7 +262,7 @@ def test_xtra_steps_come_last():
     *[(lambda a, b, f=f, kw=kw: f([a, b], **{'lr': .1, **kw}), ValueError) for f, kw in (
         *[(sgd_opt, {'lr': lr}) for lr in (-1, math.nan, math.inf, None, '.1')], *[(sgd_mom_opt, {'mom': mom}) for mom in (1., -.1, 2, math.nan)], (sgd_opt, {'wd': -1.}),
         (adam_opt(), {'eps': -1.}), (adam_opt(), {'sqr_mom': 1.}), (lars, {'trust_coef': -1.}), (lamb, {'max_ratio': math.nan}))],
-    (lambda a, b: sgd_opt([{'params': [a]}, {'params': [b], 'lr': -1.}], .1), ValueError), (lambda a, b: sgd_mom_opt([a], .1, .9), ValueError),
+    (lambda a, b: sgd_opt([{'params': [a]}, {'params': [b], 'lr': -1.}], .1), ValueError), (lambda a, b: sgd_mom_opt([a], .1, .9), TypeError), (lambda a, b: sgd_opt([a]), ValueError),
     (lambda a, b: sgd_opt([a], .1, lr=.1), TypeError), (lambda a, b: sgd_opt(a, lr=.1), TypeError), (lambda a, b: adam_opt([a, b], lr=.1), TypeError), (lambda a, b: adam_opt(net().parameters(), lr=.1), TypeError)])
 def test_refused_when_it_is_made(call, error):
     with pytest.raises(error): call(*two())
