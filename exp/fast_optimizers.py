@@ -73,7 +73,7 @@ class Tape(TorchFunctionMode):
 
     def put(self, o, meets):
         if torch.is_tensor(o): return self.names[id(o)]
-        if isinstance(o, (list, tuple)): return f'({"".join([self.put(x, meets) + ", " for x in o])})'
+        if isinstance(o, (list, tuple)): return f'({"".join(self.put(x, meets) + "," for x in o)})'
         if not meets or type(o) not in (int, float): return repr(o)
         self.nums.append(o)
         return f'n[{len(self.nums) - 1}]'
@@ -84,7 +84,7 @@ class Tape(TorchFunctionMode):
         return '\n        '.join([head, *self.lines])
 
     def function(self):
-        "What `code` says, to be called with numbers and with packs of tensors, each as those given."
+        "What `code` says, to be called with numbers and with packs of such tensors as were given."
         names = {'torch': torch, 'device': torch.device, 'inf': float('inf'), **self.functions}
         exec(self.code, names)
         return names['step']
@@ -252,9 +252,8 @@ class Compiled:
         try:
             with torch.random.fork_rng(devices=[]):
                 tape = rehearse(opt, [torch.ones(2, dtype=d) for d in dtypes], keys, rest, hypers)
-                if len(tape.lines) < 6 and self.floor < 2*self.least:
-                    self.floor = 2*self.least
-                    return None, None, None
+                if len(tape.lines) < 6: self.floor = 2*self.least
+                if min(p.numel() for p in ps) <= self.floor: return None, None, None
                 key = about, tape.code, *tape.functions.values()
                 for shape in {self.known[p].shape for p in ps}:
                     if (key, shape) in self.tried: continue
