@@ -434,6 +434,8 @@ def test_a_state_goes_on_the_same(name, way):
         qs, other = start(WAYS[name], lr=5.)
         for p, q in zip(ps, qs): q.data.copy_(p.data)
         other.load_state_dict(way(opt.state_dict()))
+    own = {t.data_ptr() for o in (opt, other) for s in o.state.values() for t in s.values() if torch.is_tensor(t)}
+    assert len(own) == sum(torch.is_tensor(t) for o in (opt, other) for s in o.state.values() for t in s.values())
     for _ in range(2): steps(ps, opt, 3, 6); steps(qs, other, 3, 6)                  # by turns: nothing is shared
     assert all(p.equal(q) for p, q in zip(ps, qs)) and other.hypers == opt.hypers
     other.hypers[0]['lr'] = 7.
