@@ -199,6 +199,10 @@ def test_what_happens_between_steps_is_noticed(event, eager):
         same(a, b)
 
 
+def test_a_pruned_parameter_of_which_nothing_is_remembered(eager, said):
+    same(*(walk(OPTS['2019 order of arguments'], run, event=new_shape, at=6) for run in (each, Compiled(least=0))))
+
+
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
 def test_gradients_that_are_not_finite(value, eager, said):
     def odd(ps, opt):

@@ -239,6 +239,9 @@ def test_a_group_goes_before_the_call_the_call_before_a_partial_and_that_before_
     a, b = two()
     ones(a, b)
     groups = [{'params': [a], 'x': 4.}, {'params': [b], 'lr': 2.}]                  # they can be used again
+    def later(p, x, **kwargs): pass
+    later._defaults = dict(x=9.)
+    assert Optimizer([a], [step, later], lr=.5).hypers[0]['x'] == 1.               # the first to name it
     for f, want in ((step, 1.), (partial(step, x=2.), 2.), (partial(step, x=2.), 3.)):
         was = a[0].item(), b[0].item()
         Optimizer(groups, f, lr=.5, **({'x': 3.} if want == 3 else {})).step()
