@@ -122,7 +122,7 @@ def test_equal_to_the_loop_through_the_compiler_which_compiles_once(name, said):
     def after_it(ps, opt):
         torch.compiler.set_stance('fail_on_recompile')
         return ps, opt
-    try: b = walk(opt_func, runner := Compiled(least=0), dtype=dtype, event=after_it, at=5, wd=.1)
+    try: b = walk(opt_func, runner := Compiled(least=0), dtype=dtype, event=after_it, at=3, wd=.1)
     finally: torch.compiler.set_stance('default')
     same(walk(opt_func, each, dtype=dtype, wd=.1), b, tol)
     assert not said() and runner.programs
