@@ -357,7 +357,7 @@ def decoded(sd) -> SplitData:
         draws = any(hasattr(t, 'generator') for t in ld.x.tfms)
         if draws or not ld.x[0].equal(ld.x[0]): raise ValueError('a transform draws at random')
         res = ld.pick(slice(None))
-        res.x = ItemList(torch.stack(list(ld.x)), ld.x.path)
+        res.x, res.origin = ItemList(torch.stack(list(ld.x)), ld.x.path), ld
         return res
     kept = SplitData(side(sd.train), side(sd.valid), sd.test)
     kept.source = sd

@@ -8,7 +8,7 @@ __all__ = ['IMAGENETTE_NAMES', 'MNIST_FILES', 'unzip_data', 'readable', 'printab
            'untar_data']
 
 # %% ../nbs/01_datasets.ipynb #e77df4b8
-import base64, gzip, hashlib, http.client, json, lzma, os, re, shutil, sys, tarfile, tempfile
+import base64, gzip, hashlib, http.client, json, os, re, shutil, sys, tarfile, tempfile
 import time, urllib.error, urllib.request, zipfile, zlib
 from functools import partial
 from pathlib import Path
@@ -256,8 +256,8 @@ def unpack(archive, dest) -> Path:
         tops = list(tmp.iterdir())
         tmp.chmod(0o755)                           # a temporary folder is for its owner only
         os.replace(tops[0] if len(tops) == 1 and tops[0].is_dir() else tmp, dest)
-    except (OSError, EOFError, RuntimeError, ValueError, tarfile.TarError, zipfile.BadZipFile,
-            zlib.error, lzma.LZMAError) as e:
+    except DataError: raise
+    except Exception as e:                         # three libraries, a dozen kinds
         why = getattr(e, 'strerror', None) or f'not a whole archive, or not one for us ({e})'
         where = f'{dest.parent} ($FASTAI_HOME names another place)'
         raise DataError(f'{archive}: not unpacked into {where}: {why}') from e

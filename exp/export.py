@@ -33,16 +33,21 @@ def _comments(source):
             own = not t.line[:t.start[1]].strip()
             if t.type == tokenize.COMMENT: yield t.start[0], t.string, own
 
+# %% ../nbs/more/00b_exp_export.ipynb #5a1c20de
+def _like_a_mark(word):
+    return word.startswith('export') or difflib.get_close_matches(word, _NAMES, cutoff=.8)
+
 def _lookalikes(source):
     "`(line, text)` of each comment that looks like a mark, and is none."
     marks = {i + 1 for i, _, _ in classic_directives(source)}
     for line, text, own in _comments(source):
-        m = re.match(r'#+(\s*\|\s*|\s*)([\w-]+)(\s*[(=\[]|\.\w)?(.*)', text)
+        m = re.match(r'#+([\s#|!@:+%]*)([\w-]+)(\s*[(=\[]|\.\w)?(.*)', text)
         if not m or m[3] or line in marks: continue        # `#export(x)`: code, put out of action
-        word, more = m[2].lower().replace('-', '_'), m[4].split()
-        prose = m[1].isspace() and (not own or len(more) > 1 or word in _PROSE)
-        near = difflib.get_close_matches(word, _NAMES, cutoff=.8)
-        if (near or word.startswith('export')) and not prose: yield line, text
+        word, *more = re.findall(r'[\w-]+', (m[2] + m[4]).lower().replace('-', '_'))
+        if m[1].isspace() and (not own or len(more) > 1 or word in _PROSE): continue
+        hidden, both = word.startswith(('hide', 'collapse')), '_'.join([word, *more[:1]])
+        near = [*map(_like_a_mark, [word, both, *more[:hidden]]), [word, *more] == ['exp']]
+        if any(near): yield line, text
 
 # %% ../nbs/more/00b_exp_export.ipynb #f4018d8e
 def read_notebook(path):

@@ -25,11 +25,10 @@ def loss_of_each(loss_func, preds, targets):
     return torch.tensor([l.mean().item() for l in losses])
 
 # %% ../nbs/11a_interpret.ipynb #1f5af83c
-def behind(data, dl):
+def behind(dl):
     "`(files, item)` for the rows of a pass over `dl`: names, and a function to input `i`."
-    ds, split = getattr(dl, 'source', getattr(dl, 'dataset', None)), getattr(data, 'source', None)
-    sides = [s for s in ('train', 'valid') if split and ds is getattr(data, f'{s}_ds', 0)]
-    x = getattr(getattr(split, sides[0]) if sides else ds, 'x', None)      # what opens the files
+    ds = getattr(dl, 'source', getattr(dl, 'dataset', None))
+    x = getattr(getattr(ds, 'origin', ds), 'x', None)                      # what opens the files
     if not isinstance(x, ItemList) or torch.is_tensor(x.items): return None, lambda i: ds[i][0]
     skipped = getattr(dl, 'skipped', {})                      # no readable picture: no row
     kept = [i for i, f in enumerate(x.items) if str(f) not in skipped]
@@ -63,7 +62,7 @@ class Interpretation:
         preds, targets = learn.get_preds(dl)
         if not (torch.is_tensor(preds) and torch.is_tensor(targets)):
             raise ValueError('one output and one target an item are wanted')
-        (files, item), rows = behind(learn.data, dl), torch.arange(len(preds))
+        (files, item), rows = behind(dl), torch.arange(len(preds))
         loss_func = learn.loss_func or F.cross_entropy
         if targets.dim() == 1 and not targets.is_floating_point():
             rows = rows[targets != ignored_label(loss_func, -100)]

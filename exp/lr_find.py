@@ -172,8 +172,7 @@ def _put(t, old): t.copy_(old)
 
 def _refill(o, old):
     o.clear()
-    if isinstance(o, list): o.extend(old)
-    else: o.update(old)
+    (o.extend if isinstance(o, list) else o.update)(old)
 
 def _insides(o, tensors, seen):
     "Functions that put back `o`, a tensor, a list or a dictionary, and all that is in it."
@@ -189,8 +188,9 @@ def _insides(o, tensors, seen):
 # %% ../nbs/05a_lr_find.ipynb #d777e240
 def _of_model(model, tensors):
     "Functions that put back modes, buffers, gradients and, with `tensors`, the weights."
-    for m in model.modules(): yield partial(setattr, m, 'training', m.training)
-    for m in model.modules(): yield partial(_refill, m._buffers, dict(m._buffers))
+    for m in model.modules():
+        yield partial(setattr, m, 'training', m.training)
+        yield partial(_refill, m._buffers, dict(m._buffers))
     for t in model.buffers(): yield partial(_put, t, t.detach().clone())
     for p in model.parameters():
         if tensors: yield partial(_put, p, p.detach().clone())

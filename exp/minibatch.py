@@ -18,7 +18,7 @@ def accuracy(pred, yb):
     """Share of rows of `pred` (N, C, …) whose largest entry is at `yb` (N, …), as a tensor.
 
     Raises `ValueError` for other shapes: yes-or-no answers are for `binary_accuracy`."""
-    if pred.dim() != yb.dim() + 1 or pred.shape[1] < 2:
+    if pred.shape[:1] + pred.shape[2:] != yb.shape or pred.shape[1:2] < (2,):
         shapes = f'{tuple(pred.shape)} with {tuple(yb.shape)}'
         raise ValueError(f'accuracy compares scores (N, C) with class indices (N,), not {shapes}; '
                          'for yes-or-no answers there is binary_accuracy')
@@ -116,10 +116,11 @@ def ask(m, pred, yb):
         raise TypeError(f'{metric_name(m)} of predictions, {type(pred).__name__}: {e}') from e
 
 def labels_that_count(run, n):
-    "Over how many labels of a batch of `n` items `run.loss` is a mean: those not to be ignored."
-    yb, ignored = run.yb, option(getattr(run, 'loss_func', None), 'ignore_index', -100)
-    by_class = torch.is_tensor(yb) and yb.numel() and not yb.is_floating_point()
-    return (yb != ignored).sum() if by_class else n
+    "Of how many labels of a batch of `n` items `run.loss` is a mean: not ignored, and weighed."
+    yb, f = run.yb, getattr(run, 'loss_func', None)
+    if not torch.is_tensor(yb) or not yb.numel() or yb.is_floating_point(): return n
+    counted, weight = yb[yb != option(f, 'ignore_index', -100)], option(f, 'weight')
+    return len(counted) if weight is None else weight[counted].sum()
 
 def one_number(v, name, device=None):
     "What a loss or metric gave for a batch as a float32 tensor without dimensions."

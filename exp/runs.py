@@ -41,7 +41,7 @@ def newest_run(parent='runs'):
     raise DataError('--resume: there is no run in runs/; --log-dir DIR names another place')
 
 # %% ../nbs/more/11f_runs.ipynb #bcffd977
-OTHERS = dict(valid_pct=0., compile=False, seed=42, runs=1)            # what is no recipe's
+OTHERS = dict(valid_pct=0., compile=False, seed=42, runs=1, minutes=0.)     # what is no recipe's
 SETTINGS = 'data', 'recipe', 'bf16', *OTHERS, *RECIPES['cpu']
 
 def finite(o):

@@ -17,9 +17,10 @@ def subplots(*args, **kwargs):
     """matplotlib's `subplots`, imported when it is called. A script that has no screen (Agg) keeps
     the last of these figures only: a loop of plots fills no memory."""
     import matplotlib.pyplot as plt
-    if plt.get_backend().lower() != 'agg': return plt.subplots(*args, **kwargs)
-    plt.close('exp')
-    return plt.subplots(*args, num='exp', **kwargs)
+    if plt.get_backend().lower() == 'agg':
+        plt.close('exp')
+        kwargs['num'] = 'exp'
+    return plt.subplots(*args, **kwargs)
 
 def show_grid(images, titles, title, rows=2):
     "A grid of pictures, each with its title."

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ENDS', 'DRAWN', 'SAID', 'run_options', 'get_parser', 'find_data', 'found_data', 'new_settings', 'check',
-           'settings_in', 'settle', 'settings_line', 'result_line', 'get_cbs', 'batch_size', 'WhenBegun', 'get_batches',
-           'finish', 'train_one', 'train_seed', 'train', 'how_far', 'report', 'ending', 'main']
+           'settings_in', 'settle', 'settings_line', 'result_line', 'get_cbs', 'WhenBegun', 'get_batches', 'finish',
+           'train_one', 'train_seed', 'train', 'how_far', 'report', 'ending', 'main']
 
 # %% ../nbs/more/11g_exp_train.ipynb #d7be7ff9
-import argparse, contextlib, itertools, math, os, platform, shlex, sys, time
+import argparse, contextlib, math, os, platform, shlex, sys, time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,11 @@ from .convnets import keep_freed_memory
 from .datasets import DataError, URLs, untar_data
 from .distributed import Distributed, process_group, rank0_only, rank_and_size
 from .export_models import export
-from .fast_batches import fast_dl, in_memory
 from .fault_tolerance import ProcessLost, report_lost, share_any
-from .faster import ChannelsLast, Compile, native_dtype, native_precision
-from .mixed_precision import MixedPrecision
+from .minutes import batch_size, in_minutes, make_batches, make_items, speed_cbs
 from .predict import Parser, checked_device, one_line, probe
 from .progress import ProgressCallback
-from .recipes import (CROPPED, RECIPES, get_items, get_recipe, get_training, number,
-                         recipe_options)
+from .recipes import CROPPED, RECIPES, get_recipe, get_training, number, recipe_options
 from .runs import (OTHERS, SETTINGS, Patient, begun_with, complain, crashed, from_first, history,
                       keep, kept, new_folder, newest_run, not_written, only_here, place,
                       same_settings, settings_file, summarise)
@@ -43,6 +40,8 @@ def run_options(add):
         '(default); --bf16: everywhere; --no-bf16 on a processor: the recipe cpu, if none is named')
     add('--compile', action=on, help='torch.compile the network: a minute at first, sometimes '
         'faster after that')
+    add('--minutes', type=number(float, .1, 10000), metavar='N', help='as many epochs as end '
+        'in N minutes on this machine (one training); in many, larger pictures and network')
     add('--seed', type=number(int, 0, 2**32 - 1), help='seed of weights, order and crops (42)')
     add('--runs', type=number(int, 1), help='train this many times, with seeds that follow each '
         'other; mean and standard deviation')
@@ -95,6 +94,7 @@ def found_data(given, path, name):
 # %% ../nbs/more/11g_exp_train.ipynb #bb5fb143
 def new_settings(a, given) -> dict:
     "The settings of a run that begins: the recipe's, and what is `given`, in plain values."
+    if a.minutes and a.epochs: raise DataError('--minutes chooses the epochs: without --epochs')
     device, changes = checked_device(a.device), {k: given.get(k) for k in RECIPES['cpu']}
     name = a.recipe or ('cpu' if a.bf16 is False and device.type == 'cpu' else None)
     c = get_recipe(name, device, **changes)
@@ -140,7 +140,8 @@ def settle(a) -> dict:
     return c
 
 # %% ../nbs/more/11g_exp_train.ipynb #38e0ddd9
-SAID = 'data', 'bs_given', 'split_seed', 'epochs', 'size', 'seed', 'runs', 'device', 'validate'
+SAID = ('data', 'bs_given', 'split_seed', 'epochs', 'minutes', 'size', 'seed', 'runs', 'device',
+        'validate')
 
 def settings_line(c) -> dict:
     "The settings of `c` that are worth a line: without what is said elsewhere, or is off."
@@ -163,24 +164,9 @@ def result_line(r) -> str:
 # %% ../nbs/more/11g_exp_train.ipynb #ccd39691
 def get_cbs(c, folder, stats, tensorboard=False) -> list:
     "The callbacks of a run that are no recipe's: speed, table, bar, files in `folder`."
-    cbs = [Distributed(loaders=share_any), ChannelsLast(), stats, ProgressCallback(),
+    cbs = [Distributed(loaders=share_any), stats, ProgressCallback(), *speed_cbs(c),
            CSVLogger(folder/'history.csv'), Checkpoint(folder/'checkpoints', keep=2)]
-    if c['bf16']: cbs.append(MixedPrecision(torch.bfloat16))
-    if c['bf16'] is None and native_dtype(c['device'])[0]: cbs += native_precision(c['device'])
-    if c['compile']: cbs.append(Compile())
-    if tensorboard: cbs.append(TensorBoardCallback(folder/'tensorboard'))
-    return cbs
-
-def batch_size(c, n):
-    """The size of `n` pictures' batches. One that leaves a last batch of one, of which batch norm
-    makes nothing, is changed, or refused with a `DataError` where it was asked for."""
-    bs = c['bs'] if n >= 2000 or c['bs_given'] else 16
-    def fits(b): return n % b != 1
-    if fits(bs): return bs
-    if not c['bs_given']: return next(b for b in range(bs, 1, -1) if fits(b))
-    other = next(b for b in itertools.count(bs) if fits(b))
-    raise DataError(f'--bs {bs} leaves a last batch of one of the {n:,} pictures, and batch norm '
-                    f'wants two: --bs {other} does not')
+    return [*cbs, TensorBoardCallback(folder/'tensorboard')] if tensorboard else cbs
 
 # %% ../nbs/more/11g_exp_train.ipynb #e15f0df0
 class WhenBegun(Callback):
@@ -194,16 +180,14 @@ class WhenBegun(Callback):
 
 def get_batches(c, path, name):
     "The pictures in `path` as batches, decoded once; before that, what is trained on, and how."
-    room = round(1.25*max(c['crops'])) if c['tfms'] in CROPPED else None
-    items = get_items(path, c['size'], room, c['valid_pct'], c['split_seed'])
+    items = make_items(c, path)
     bs = batch_size(c, len(items.train))
     print(f"training on {one_line(name)}: {len(items.train):,} images, validated on "
           f"{len(items.valid):,} at {c['size']} px, {c['epochs']} epochs, seed {c['seed']}, "
           f"{c['device']}", flush=True)
     words = (f'{k} {v}' for k, v in settings_line({**c, 'bs': bs}).items())
     print('  ' + ', '.join(words), flush=True)
-    return in_memory(items, 1e9).to_databunch(bs, seed=c['seed'], valid_bs=min(128, 2*bs),
-                                              make_dl=fast_dl)
+    return make_batches(c, items, bs)
 
 # %% ../nbs/more/11g_exp_train.ipynb #8a4bba3a
 def finish(learn, r, folder) -> dict:
@@ -254,6 +238,7 @@ def train_seed(c, path, name, a, begin) -> dict:
 # %% ../nbs/more/11g_exp_train.ipynb #1aae207a
 def train(a) -> dict:
     "Run `exp-train` with the parsed options `a`: the result. Raises `DataError`, `ValueError`."
+    started = time.perf_counter()
     keep_freed_memory()
     a.done = []                                             # each training's table, as it starts
     c, a.log_dir = from_first(lambda: (settle(a), a.log_dir))
@@ -263,6 +248,9 @@ def train(a) -> dict:
         path, name = find_data(c['data'])
         c['data'] = found_data(c['data'], path, name)
         one = {**c, 'device': device, 'split_seed': c['seed']}
+        if c['minutes'] and not file.exists():
+            one = in_minutes(one, {k for k, v in vars(a).items() if v is not None}, path, started)
+            c |= {k: one[k] for k in RECIPES['cpu']}
         with settings_file(file, c) as begin:
             results = [train_seed({**one, 'seed': s}, path, name, a, begin) for s in seeds]
     return results[0] if c['runs'] == 1 else summarise(results)

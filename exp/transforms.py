@@ -148,7 +148,7 @@ class PilRandomRotate(RandomTransform):
     corners that come in have the colour `fill`, as Pillow takes it: a name, or (r, g, b)."""
     def __init__(self, degrees=15., p=.75, fill='black', resample=BILINEAR):
         super().__init__(p)
-        self.degrees, self.fill, self.resample = degrees, fill, resample
+        self.degrees, self.fill, self.resample = within('degrees', degrees, 0, 360), fill, resample
     def apply(self, item):
         angle = between(self.rand()[0], -self.degrees, self.degrees)
         return item.rotate(angle, self.resample, fillcolor=self.fill)
@@ -272,9 +272,10 @@ def _new_generator(seed):
     return torch.Generator().manual_seed(seed)
 
 def only_pictures_move(run):
-    "Raises `TypeError` where targets are pictures, too, and would stay where they are."
-    shape = getattr(getattr(run, 'yb', None), 'shape', ())
-    if len(shape) > 2 and shape[-2:] == run.xb.shape[-2:]:
+    "Raises `TypeError` where targets (N, …, …) lie in the picture, as masks do, and would stay."
+    ys = getattr(run, 'yb', None)
+    ys = ys.values() if isinstance(ys, dict) else ys if isinstance(ys, (list, tuple)) else [ys]
+    if any(len(getattr(y, 'shape', ())) > 2 for y in ys):
         raise TypeError('targets are pictures and would stay: move both by `Augment.draw` (10a)')
 
 class BatchAugment(Callback):

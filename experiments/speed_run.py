@@ -21,42 +21,17 @@ from five_minutes import held_out
 from torch import nn
 
 from exp import recipes as T
+from exp.annealing import combine_scheds, sched_lin
 from exp.callbacks import AvgStatsCallback, accuracy
 from exp.convnets import init_cnn, keep_freed_memory
 from exp.fast_batches import fast_dl, in_memory
 from exp.faster import ChannelsLast, cpu_bf16, native_precision
 from exp.optimizers import AverageGrad, AverageSqrGrad, Optimizer, StepCount, adam_step, weight_decay
+from exp.speed_run import fast_muon_step
 from exp.xresnet import XResNet, conv_norm, relu
 
 OUT = Path(__file__).with_suffix('.csv')
 FIELDS = ['idea', 'seed', 'accuracy', 'valid_loss', 'train_loss', 'n_train', 'n_valid', 'cpu_seconds', 'step_seconds', 'date', 'settings']
-
-
-def gram_ns(g, steps):
-    """Newton–Schulz of `g` (n, m) by its Gram matrix: two products with the long side, whatever the `steps`.
-
-    The steps of Muon, x ← (a + b·xxᵀ + c·(xxᵀ)²)·x, only ever multiply x from the left, by polynomials in its first xxᵀ, and those commute."""
-    if g.shape[0] > g.shape[1]: return gram_ns(g.mT, steps).mT
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = g/g.norm().clamp(min=1e-7)
-    s, q = x @ x.mT, None
-    for i in range(steps):
-        p = torch.addmm(s, s, s, beta=b, alpha=c)
-        p.diagonal().add_(a)
-        q = p if q is None else p @ q
-        if i + 1 < steps: s = p @ s @ p
-    return q @ x
-
-
-def muon_step(p, lr, mom, mom_damp, grad_avg, times, ns, **kwargs):
-    "Muon with the scale of the first post, √max(1, n_out/n_in), at `times` the rate of the rest."
-    g = (mom_damp*p.grad + mom*grad_avg).flatten(1)
-    scale = max(1, g.shape[0]/g.shape[1])**.5
-    p.add_(gram_ns(g, ns).reshape(p.shape), alpha=-lr*times*scale)
-
-
-def muon_or_adam(p, lr, **kwargs): (muon_step if p.ndim == 4 else adam_step)(p, lr=lr, **kwargs)
-muon_or_adam._defaults = dict(times=3., ns=3, **adam_step._defaults)
 
 
 class Timed(Optimizer):
@@ -69,8 +44,9 @@ class Timed(Optimizer):
 
 STATS = [AverageGrad(dampening=True), AverageSqrGrad(), StepCount()]
 adam = partial(Timed, steppers=[weight_decay, adam_step], stats=STATS)
-muon = partial(Timed, steppers=[weight_decay, muon_or_adam], stats=STATS)
-OPTS = dict(adam=adam, muon=muon)
+muon = partial(Timed, steppers=[weight_decay, fast_muon_step], stats=STATS)
+OPTS = dict(adam=adam, timed_muon=muon)
+T.SCHEDS['linear'] = lambda lr: combine_scheds([.2, .8], [sched_lin(lr/10, lr), sched_lin(lr, 0.)])
 
 
 def get_net(options, c_in, c_out, width):
@@ -87,8 +63,9 @@ def get_net(options, c_in, c_out, width):
 TWO = dict(two=True)
 START = dict(epochs=20, size=96, crops=(48, 80), wd=.03, validate=0)
 SILU = dict(act=partial(nn.SiLU, inplace=True))
-M = dict(opt='muon')
+M = dict(opt='timed_muon')
 M128 = dict(M, bs=128)
+BF = dict(half=True)
 IDEAS = {                                                        # name: (changes of START, of the optimizer's hypers, of XResNet)
     'Adam': ({}, {}, {}),
     'Muon, 20 epochs': (M, {}, {}),
@@ -101,6 +78,25 @@ IDEAS = {                                                        # name: (change
     'Muon, 128, SiLU': (M128, {}, SILU),
     'Muon, 128, wd 0.1': (dict(M128, wd=.1), {}, {}),
     'Muon, 128, flat then cosine': (dict(M128, sched='flat'), {}, {}),
+    'Muon, 128, SiLU, products in bfloat16': (M128, BF, SILU),
+    'Muon, 128, SiLU, rate 0.02': (dict(M128, lr=.02), BF, SILU),
+    'Muon, 128, SiLU, Muon at 5 times the rate': (M128, dict(BF, times=5.), SILU),
+    'Muon, 128, SiLU, two layers in the stem': (M128, BF, dict(SILU, stem=(32, 64))),
+    'Muon, 128, SiLU, wd 0.1': (dict(M128, wd=.1), BF, SILU),
+    'Muon, 128, SiLU, linear down to 0': (dict(M128, sched='linear'), BF, SILU),
+    'Muon, 128, SiLU, crops 32-96': (dict(M128, crops=(32, 96), size=112), BF, SILU),
+    'Muon, 128, SiLU, mixup 0.1': (dict(M128, mixup=.1), BF, SILU),
+    'Muon, 128, SiLU, EMA 0.99': (dict(M128, ema=.99), BF, SILU),
+    'Muon, 128, SiLU, momentum 0.95': (M128, dict(BF, mom=.95), SILU),
+    'Muon, 128, SiLU, smoothing 0.2': (dict(M128, smooth=.2), BF, SILU),
+    'Muon, 128, SiLU, squeeze-excite': (M128, BF, dict(SILU, se=True)),
+    'Muon, 128, SiLU, wd 0.1, 2-2-2-1 blocks, 26 epochs': (dict(M128, wd=.1, epochs=26), BF, dict(SILU, layers=(2, 2, 2, 1))),
+    'Muon, 128, SiLU, wd 0.2': (dict(M128, wd=.2), BF, SILU),
+    'Muon, 128, wd 0.1, half': (dict(M128, wd=.1), BF, {}),
+    'Muon, 128, wd 0.1, half, crops 64-112, 128 px, 38 epochs': (dict(M128, wd=.1, crops=(64, 112), size=128, epochs=38), BF, {}),
+    'Muon, 128, wd 0.1, half, crops 64-112, 128 px, 38 epochs, strong': (dict(M128, wd=.1, crops=(64, 112), size=128, epochs=38, tfms='strong'), BF, {}),
+    'Muon, 128, wd 0.1, half, crops 56-88, 112 px, 16 epochs': (dict(M128, wd=.1, crops=(56, 88), size=112, epochs=16), BF, {}),
+    'Adam, again on the machine of the others': ({}, {}, {}),
     'Muon, 128, 3 times the pictures: crops 64-96, 112 px, 13 epochs': (dict(M128, size=112, crops=(64, 96), epochs=13), {}, {}),
 }
 

@@ -103,7 +103,7 @@ def test_both_spellings_give_the_same_bytes(project, form):
     # what looks like a mark, and is none
     *[(['#default_exp a', '#export\ny = 1', f'{mark}\nx = 1'], 'cell 3:line 1: ') for mark in
       ('#export core', '# export core', '#export_and_show', '#default-exp b', '#exporti core', '#export -s', '#exprot', '#Export', '# EXPORT', '#exports i', '#export: all', '#| exprot', '#| export core', '#exprt', '##export', '#default_exp', '#defualt_exp a',
-       '# eport', '#|default_export b')],
+       '# eport', '#|default_export b', '#exp', '# exp', '#hide #export', '# hide # export', '#hide,export', '#export #hide', '#!export', '# %export', '#default exp b')],
     (['#default_exp a', 'import os\n#export'], 'cell 2:line 2: '), (['#default_exp a', 'import os\n# export\nx = 1'], 'cell 2:line 2: '),
     (['#default_exp a', 'import os  #export'], 'cell 2:line 1: '), (['#default_exp a', '!ls\n%time f()\n#| export\nx = 1'], 'cell 2:line 3: '),
     (['x = 1\n#default_exp a'], 'cell 1:line 2: ')])
@@ -125,7 +125,7 @@ def test_a_mark_in_a_cell_of_text_is_named(project, mark, kind):
     assert ex.build(project)
 
 
-@pytest.mark.parametrize('prose', ['y = 2  # export batches', '# export the batch to disk', '# default_exp is the mark', 'y = 1  # export', 's = """\n#export\n#exprot\n"""', "s = '#export core'",
+@pytest.mark.parametrize('prose', ['y = 2  # export batches', '# hide the export of it', '#exp decays', '# the export', '#hide', '# exporting', '# export the batch to disk', '# default_exp is the mark', 'y = 1  # export', 's = """\n#export\n#exprot\n"""', "s = '#export core'",
                                    '#export(x)', '# exporter', '#exported = [1]', '# import', '#| echo: false', '#hide', '# expected', '#for export in x: pass', '#| hide'])
 def test_prose_stays_prose(project, prose):
     write_nb(project/'nbs/00_a.ipynb', '#default_exp a', '#export\nx = 1', f'{prose}\nx + 1')

@@ -138,6 +138,9 @@ def test_from_a_learner(folder, kw):
     shown = [ax.get_title() for ax in it.plot_top_losses(3).axes if ax.get_title()]
     worst = it.top_losses(3)[1].tolist()
     assert len(shown) == 3 and all(f'{it.losses[i]:.2f}' in s and f'is {it.names[it.targets[i]]}' in s for i, s in zip(worst, shown))
+    learn.data.valid_dl = learner(folder, 1, **kw).data.train_dl                                          # of another bunch, put into this one
+    swapped = Interpretation.from_learner(learn)
+    assert swapped.files == train.files and swapped.item(5).equal(train.item(5)) and swapped.targets.equal(train.targets)
     assert it.plot_confusion_matrix() and plot_reliability(measure_calibration(it.probs, it.targets)) and all(n in repr(it) for n in ('15', *NAMES))
 
 
@@ -174,7 +177,7 @@ def test_tensors_and_plain_loaders(learn):
     some = torch.utils.data.DataLoader(ds[1], 2, sampler=torch.utils.data.SubsetRandomSampler([8, 3, 5]))
     it = Interpretation.from_learner(plain, some)
     assert it.targets.equal(ds[1].y[[3, 5, 8]]) and it.item(1).equal(ds[1].x[5])
-    assert Interpretation.from_learner(plain, [(ds[1].x, ds[1].y)]).preds.equal(Interpretation.from_learner(plain).preds)
+    assert torch.allclose(Interpretation.from_learner(plain, [(ds[1].x, ds[1].y)]).preds, Interpretation.from_learner(plain).preds, atol=1e-6)
     with pytest.raises(ValueError): Interpretation.from_learner(plain, [ds[1].x])
     other = Interpretation.from_learner(learn, ItemLoader(learn.data.source.valid, 4, seed=0))              # a loader of one's own
     assert other.files == Interpretation.from_learner(learn).files

@@ -21,7 +21,7 @@ from exp.batchnorm import BatchNorm, RunningBatchNorm, conv_layer
 from exp.callbacks import (EVENTS, NO_PASS, AvgStatsCallback, BatchTransformXCallback, CancelBatchException, CancelEpochException, CancelFitException,
                            CudaCallback, DataBunch, Dataset, Recorder, Runner, accuracy, batch_len, binary_accuracy, get_dls, get_hypers, get_runner, metric_name)
 from exp.convnets import Hook, Hooks, Lambda, append_stats, get_cnn_model, init_cnn, plot_hists, plot_stats
-from exp.minibatch import option
+from exp.minibatch import AvgStats, option
 
 
 def runner(*cbs, data=None, lr=.1, loss=F.cross_entropy, wrap=lambda model: model):
@@ -273,10 +273,11 @@ def test_binary_accuracy_is_torchmetrics(shape):
     assert binary_accuracy(pred.sigmoid(), yb, threshold=.5).isclose(want)
 
 
-@pytest.mark.parametrize('loss, ignored', [(F.cross_entropy, -100), (lambda p, y: F.cross_entropy(p, y), -100), (partial(F.cross_entropy, ignore_index=2), 2), (nn.CrossEntropyLoss(ignore_index=255), 255)])
+@pytest.mark.parametrize('loss, ignored', [(F.cross_entropy, -100), (lambda p, y: F.cross_entropy(p, y), -100), (partial(F.cross_entropy, ignore_index=2), 2), (nn.CrossEntropyLoss(ignore_index=255), 255),
+                                           (partial(F.cross_entropy, weight=torch.tensor([3., 2., .5]), ignore_index=1), 1)])
 @pytest.mark.parametrize('pixels', [(), (3,)])
 def test_the_loss_is_weighted_by_the_labels_that_count(loss, ignored, pixels):
-    "One batch of three has only labels to be ignored: its mean is 0/0, and that of the pass is not."
+    "One batch of three has only labels to be ignored, or of weight 0: its mean is 0/0, and that of the pass is not."
     yb = Y[:96, None].repeat(1, *pixels) if pixels else Y[:96].clone()
     yb[:32] = yb[40:50] = ignored
     data, model = [(X[i:i + 32], yb[i:i + 32]) for i in (0, 32, 64)], nn.Linear(10, 3)
@@ -287,6 +288,15 @@ def test_the_loss_is_weighted_by_the_labels_that_count(loss, ignored, pixels):
     assert row['valid_accuracy'] == pytest.approx(accuracy(model(X[:96]), yb).item())
     run.data = DataBunch(data[:1], data[:1])
     assert math.isnan(run.fit(1).cbs[0].rows[-1]['valid_loss'])
+
+
+def test_a_batch_of_classes_that_weigh_nothing():
+    yb, loss, s = Y[:96].clone(), nn.CrossEntropyLoss(weight=torch.tensor([0., 2., .5])), AvgStats([], False)
+    yb[:32], pred = 0, torch.randn(96, 3)
+    for i in (0, 32, 64):
+        part = slice(i, i + 32)
+        s.accumulate(SimpleNamespace(xb=X[part], yb=yb[part], pred=pred[part], loss=loss(pred[part], yb[part]), loss_func=loss))
+    assert s.avg_stats[0] == pytest.approx(loss(pred, yb).item(), abs=1e-5)
 
 
 class Distinct:

@@ -145,6 +145,18 @@ def test_a_split_by_share_is_the_same_each_time_and_grows_with_the_folder(tmp_pa
     assert len(R.get_items(d, 16, 20, .3).train.x[0][0]) == 20
 
 
+@pytest.mark.parametrize('seed', range(4))
+def test_a_split_by_share_leaves_no_class_out(tmp_path, seed):
+    d = folder(tmp_path, n=20)/'train'
+    for c, n in dict(two=2, three=3, one=1).items():
+        (d/c).mkdir()
+        for i in range(n): Image.new('RGB', (20, 20)).save(d/c/f'{i}.png')
+    for share in (.02, .2, .98):
+        sd = R.get_items(d, 16, valid_pct=share, seed=seed)
+        sides = [{f.parent.name for f in side.x.items} for side in (sd.train, sd.valid)]
+        assert sides[0] - sides[1] == {'one'} and len(sides[0]) == 5, 'a class of one picture is for training'
+
+
 # ---------------------------------------------------------------- settings
 
 SMALL = dict(arch='lesson', width=.25, epochs=2, size=20, crops=(16, 20), bs=8, opt='momentum', lr=.05, wd=.1, sched='cycle', tfms='crop', mixup=0., cutmix=0., smooth=0., ema=0., validate=1)
@@ -162,7 +174,7 @@ def small_weights():
 
 
 @pytest.mark.parametrize('change', [dict(width=.5), dict(arch='xresnet18', width=.125), dict(epochs=1), dict(crops=(20, 20)), dict(opt='adam'), dict(opt='sgd'), dict(opt='lamb'), dict(opt='lars'),
-                                    dict(opt='ranger'), dict(lr=.06), dict(wd=.2), dict(sched='flat'), dict(sched='lesson'), dict(tfms='none', crops=None), dict(tfms='flip', crops=None), dict(tfms='strong'),
+                                    dict(opt='ranger'), dict(opt='muon'), dict(lr=.06), dict(wd=.2), dict(sched='flat'), dict(sched='lesson'), dict(tfms='none', crops=None), dict(tfms='flip', crops=None), dict(tfms='strong'),
                                     dict(mixup=.4), dict(cutmix=1.), dict(smooth=.1), dict(ema=.9)], ids=str)
 def test_every_setting_changes_the_result(change, small_weights):
     w = weights(**change)

@@ -198,7 +198,7 @@ def test_a_kill_before_the_first_batch_leaves_the_settings_and_a_mistake_nothing
         seen.append(json.loads((tmp_path/'r/config.json').read_text())['epochs'])
         raise DataError('a mistake')
     with monkeypatch.context() as m:
-        m.setattr(T, 'get_items', stop)
+        m.setattr(T, 'make_items', stop)
         assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r']) == 2
     assert seen == [1] and not (tmp_path/'r').exists()
     capsys.readouterr()
@@ -403,7 +403,7 @@ def test_help_on_any_terminal(tmp_path):
 def test_no_status_that_means_trained_where_it_was_not(pets, monkeypatch, capsys, e):
     "1 is 'trained, but', and it is what Python itself ends with."
     def stop(*args): raise e
-    monkeypatch.setattr(T, 'get_items', stop)
+    monkeypatch.setattr(T, 'make_items', stop)
     assert T.main([*QUICK, '--data', 'pets', '--log-dir', 'r']) == 4
     assert ('Traceback' in capsys.readouterr().err) == isinstance(e, ZeroDivisionError)
 

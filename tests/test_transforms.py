@@ -480,7 +480,7 @@ def test_every_transform_shows_itself(tfm):
     lambda: BatchCrop(8, scale=0), lambda: PilTiltRandomCrop(8, magnitude=.6), lambda: RandomPerspective(.5), lambda: RandomAffine(translate=2.),
     lambda: RandomAffine(zoom=(2, 1)), lambda: RandomAffine(zoom=0), lambda: RandomAffine(shear=90), lambda: RandomAffine(rotate=math.nan),
     lambda: RandomColor(hue=.6), lambda: RandomColor(contrast=-.1), lambda: RandomErasing(scale=(-1, 2)), lambda: RandomErasing(ratio=(0, 1)),
-    lambda: RandomErasing(value=255)])
+    lambda: RandomErasing(value=255), lambda: PilRandomRotate(math.nan), lambda: PilRandomRotate(-5), lambda: PilRandomFlip(math.nan), lambda: RandomColor(math.inf)])
 def test_what_lies_out_of_its_range(make):
     with pytest.raises(ValueError, match=' is from '): make()
 
@@ -488,7 +488,9 @@ def test_what_lies_out_of_its_range(make):
 def test_masks_do_not_stay_behind():
     x, y = smooth(4, 3, 16, 16), torch.randint(0, 5, (4, 16, 16), generator=gen())
     for move in (BatchAugment(RandomFlip(1.)), BatchAugment(Augment(RandomDihedral())), BatchCrop(16)):
-        with pytest.raises(TypeError, match='targets'): move.begin_batch(SimpleNamespace(in_train=True, xb=x, yb=y, epoch=0, n_epochs=1))
+        for yb in (y, (y, y[:, 0, 0]), [y[:, 0, 0], y], {'mask': y, 'label': y[:, 0, 0]}, y[:, None], y[:, ::2, ::2], y[:, :5, :4]):
+            with pytest.raises(TypeError, match='targets'): move.begin_batch(SimpleNamespace(in_train=True, xb=x, yb=yb, epoch=0, n_epochs=1))
+    for yb in (y[:, 0, 0], (y[:, 0, 0], y[:, 0]), None): BatchAugment(RandomFlip(1.)).begin_batch(SimpleNamespace(in_train=True, xb=x, yb=yb))
     BatchAugment(RandomColor()).begin_batch(SimpleNamespace(in_train=True, xb=x, yb=y))
     draw = seeded(Augment(RandomFlip(1.), RandomColor())).draw(x.shape)
     assert draw.masks(y).equal(y.flip(2)) and draw.masks(y).dtype == y.dtype
