@@ -17,7 +17,7 @@ from torch.optim.swa_utils import update_bn
 
 from .callbacks import Callback, in_mode
 from .optimizers import (AverageGrad, AverageSqrGrad, Optimizer, Stat, StepCount, adam_step,
-                            debias, weight_decay)
+                            debias, weight_decay, with_rate)
 
 # %% ../nbs/more/09i_since_2019.ipynb #7af65bed
 class Remember(Stat):
@@ -38,7 +38,7 @@ def lion_step(p, lr, mom, avg_mom, m, **kwargs):
     m.mul_(avg_mom).add_(p.grad, alpha=1 - avg_mom)
 lion_step._defaults = dict(mom=0.9, avg_mom=0.99)
 
-lion = partial(Optimizer, steppers=[weight_decay, lion_step], stats=Remember(m=torch.zeros_like))
+lion = partial(with_rate, steppers=[weight_decay, lion_step], stats=Remember(m=torch.zeros_like))
 
 # %% ../nbs/more/09i_since_2019.ipynb #398e7856
 class SlowGrad(Stat):
@@ -66,7 +66,7 @@ def ademamix_step(p, lr, mom, mom_damp, step, sqr_mom, sqr_damp, grad_avg, sqr_a
     p.addcdiv_(both, root.add_(eps), value=-lr)
 ademamix_step._defaults = dict(alpha=5., eps=1e-5)
 
-ademamix = partial(Optimizer, steppers=[weight_decay, ademamix_step],
+ademamix = partial(with_rate, steppers=[weight_decay, ademamix_step],
                    stats=[StepCount(), AverageGrad(dampening=True), AverageSqrGrad(), SlowGrad()])
 
 # %% ../nbs/more/09i_since_2019.ipynb #edc5ff34
@@ -99,7 +99,7 @@ schedule_free_step._defaults = dict(mix=0.9, eps=1e-5, wd=0., averaged=False)
 
 def _copy(p): return p.detach().clone()
 
-schedule_free = partial(Optimizer, steppers=schedule_free_step,
+schedule_free = partial(with_rate, steppers=schedule_free_step,
                         stats=[StepCount(), AverageSqrGrad(), RateShare(), Remember(z=_copy)])
 
 # %% ../nbs/more/09i_since_2019.ipynb #19b4b8a0
@@ -166,7 +166,7 @@ def muon_or_adam(p, lr, muon, **kwargs):
     step(p, lr=lr, **kwargs)
 muon_or_adam._defaults = dict(muon=True, **muon_step._defaults, **adam_step._defaults)
 
-muon = partial(Optimizer, steppers=[weight_decay, muon_or_adam],
+muon = partial(with_rate, steppers=[weight_decay, muon_or_adam],
                stats=[AverageGrad(dampening=True), AverageSqrGrad(), StepCount()])
 
 # %% ../nbs/more/09i_since_2019.ipynb #c0fddedb

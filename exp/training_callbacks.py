@@ -83,15 +83,15 @@ class Watch:
 
     `bigger`: whether more is better; None: unless the name tells of a loss or an error."""
     _order, _fit_only = AvgStatsCallback._order + 1, True       # the epoch's row is there
-    _keeps = 'best', 'best_epoch'                               # the state, from epoch to epoch
-    best = best_epoch = None
+    _state = dict(best=None, best_epoch=None)                   # as it is when a fit begins
 
     def __init__(self, monitor: str = 'valid_loss', bigger=None):
         if bigger is None: bigger = not _LESS.search(monitor.lower())
         self.monitor, self.sign = monitor, 1 if bigger else -1
+        self.load_state_dict(self._state)
 
     def begin_fit(self, run):
-        self.best = self.best_epoch = None
+        self.load_state_dict(self._state)
         heads = _table(run, self).heads
         if self.monitor not in heads:
             raise ValueError(f'the table has no {self.monitor!r}; it has {", ".join(heads)}')
@@ -110,9 +110,9 @@ class Watch:
         self.best, self.best_epoch = now, run.epoch
         return True
 
-    def state_dict(self): return {k: getattr(self, k) for k in self._keeps}
+    def state_dict(self): return {k: getattr(self, k) for k in self._state}
     def load_state_dict(self, sd):
-        for k in self._keeps: setattr(self, k, sd[k])
+        for k in self._state: setattr(self, k, sd[k])
 
 # %% ../nbs/more/09f_training_callbacks.ipynb #22525d1f
 class EarlyStopping(Watch):
@@ -120,17 +120,13 @@ class EarlyStopping(Watch):
 
     A `Checkpoint` (notebook 09d) has not seen the last epoch: a restart trains it again."""
     _order = 900                            # after all that log an epoch; before Checkpoint (1000)
-    _keeps = *Watch._keeps, 'waited'
+    _state = dict(Watch._state, waited=0)
 
     def __init__(self, monitor: str = 'valid_loss', patience: int = 2, min_delta: float = 0.,
                  bigger=None):
         if patience < 1: raise ValueError(f'patience must be at least 1 epoch, not {patience}')
         super().__init__(monitor, bigger)
-        self.patience, self.min_delta, self.waited = patience, min_delta, 0
-
-    def begin_fit(self, run):
-        super().begin_fit(run)
-        self.waited = 0
+        self.patience, self.min_delta = patience, min_delta
 
     def after_epoch(self, run):
         if self.now(run) is NO_PASS: return
@@ -153,8 +149,7 @@ class SaveBest(Watch):
     there is one, and puts them back at the end of the fit, by whichever way it ends.
 
     Warns where the file cannot be written, and where no epoch had a number to compare."""
-    _keeps = *Watch._keeps, 'weights'
-    weights, epochs = None, 0
+    _state, epochs = dict(Watch._state, weights=None), 0
 
     def __init__(self, monitor: str = 'valid_loss', path=None, bigger=None):
         super().__init__(monitor, bigger)
@@ -162,16 +157,14 @@ class SaveBest(Watch):
 
     def begin_fit(self, run):
         super().begin_fit(run)
-        self.weights, self.epochs = None, 0
+        self.epochs = 0
         if self.path: self.path.parent.mkdir(parents=True, exist_ok=True)
         if hasattr(run, 'add_cbs'): run.add_cbs(_PutBack(self))
 
     def after_epoch(self, run):
         self.epochs += 1
         if not self.improved(run): return
-        state = run.model.state_dict()
-        self.weights = {k: v.clone() if torch.is_tensor(v) else copy.deepcopy(v)
-                        for k, v in state.items()}
+        self.weights = copy.deepcopy(dict(run.model.state_dict()))
         if self.path: self.write()
 
     def write(self):

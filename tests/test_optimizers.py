@@ -239,6 +239,9 @@ def test_a_group_goes_before_the_call_the_call_before_a_partial_and_that_before_
     a, b = two()
     ones(a, b)
     groups = [{'params': [a], 'x': 4.}, {'params': [b], 'lr': 2.}]                  # they can be used again
+    def later(p, x, **kwargs): pass
+    later._defaults = dict(x=9.)
+    assert Optimizer([a], [step, later], lr=.5).hypers[0]['x'] == 1.               # the first to name it
     for f, want in ((step, 1.), (partial(step, x=2.), 2.), (partial(step, x=2.), 3.)):
         was = a[0].item(), b[0].item()
         Optimizer(groups, f, lr=.5, **({'x': 3.} if want == 3 else {})).step()
@@ -262,7 +265,7 @@ def test_xtra_steps_come_last():
     *[(lambda a, b, f=f, kw=kw: f([a, b], **{'lr': .1, **kw}), ValueError) for f, kw in (
         *[(sgd_opt, {'lr': lr}) for lr in (-1, math.nan, math.inf, None, '.1')], *[(sgd_mom_opt, {'mom': mom}) for mom in (1., -.1, 2, math.nan)], (sgd_opt, {'wd': -1.}),
         (adam_opt(), {'eps': -1.}), (adam_opt(), {'sqr_mom': 1.}), (lars, {'trust_coef': -1.}), (lamb, {'max_ratio': math.nan}))],
-    (lambda a, b: sgd_opt([{'params': [a]}, {'params': [b], 'lr': -1.}], .1), ValueError), (lambda a, b: sgd_mom_opt([a], .1, .9), ValueError),
+    (lambda a, b: sgd_opt([{'params': [a]}, {'params': [b], 'lr': -1.}], .1), ValueError), (lambda a, b: sgd_mom_opt([a], .1, .9), TypeError), (lambda a, b: sgd_opt([a]), ValueError),
     (lambda a, b: sgd_opt([a], .1, lr=.1), TypeError), (lambda a, b: sgd_opt(a, lr=.1), TypeError), (lambda a, b: adam_opt([a, b], lr=.1), TypeError), (lambda a, b: adam_opt(net().parameters(), lr=.1), TypeError)])
 def test_refused_when_it_is_made(call, error):
     with pytest.raises(error): call(*two())
@@ -434,6 +437,8 @@ def test_a_state_goes_on_the_same(name, way):
         qs, other = start(WAYS[name], lr=5.)
         for p, q in zip(ps, qs): q.data.copy_(p.data)
         other.load_state_dict(way(opt.state_dict()))
+    own = {t.data_ptr() for o in (opt, other) for s in o.state.values() for t in s.values() if torch.is_tensor(t)}
+    assert len(own) == sum(torch.is_tensor(t) for o in (opt, other) for s in o.state.values() for t in s.values())
     for _ in range(2): steps(ps, opt, 3, 6); steps(qs, other, 3, 6)                  # by turns: nothing is shared
     assert all(p.equal(q) for p, q in zip(ps, qs)) and other.hypers == opt.hypers
     other.hypers[0]['lr'] = 7.

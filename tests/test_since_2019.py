@@ -33,6 +33,10 @@ def same(ours, theirs, tol=1e-9):
     for a, b in zip(ours, theirs, strict=True): assert (a - b).norm() <= tol*b.norm()
 
 
+def test_the_rate_by_place_as_torchs():
+    for f in (lion, ademamix, schedule_free, muon): assert f([torch.ones(3)], .2).hypers[0]['lr'] == .2
+
+
 def test_lion():
     peer = pytest.importorskip('pytorch_optimizer').Lion
     ours, _ = walk(lambda ps: lion(ps, lr=.003, mom=.8, avg_mom=.97, wd=.1))
