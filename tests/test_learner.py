@@ -145,6 +145,12 @@ def test_an_error_is_announced_before_the_end_and_forgotten_after_it():
     assert len(seen) == 1, 'the wish to stop is no error'
 
 
+def test_at_the_end_they_are_called_in_their_order_too():
+    seen = []
+    learner(*[At('after_fit', lambda learn, o=o: seen.append(o), o) for o in (30, -30, 0)]).fit(1)
+    assert seen == [-30, 0, 30]
+
+
 def test_callbacks_come_once_go_and_are_found():
     came = []
     learner(*(At('begin_batch', lambda l, n=n: came.append(n), n//10) for n in (50, -10, 1, 2)), data=DataBunch(TEN[:1], None)).fit(1)
