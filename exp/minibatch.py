@@ -119,8 +119,8 @@ def labels_that_count(run, n):
     "Of how many labels of a batch of `n` items `run.loss` is a mean: not ignored, and weighed."
     yb, f = run.yb, getattr(run, 'loss_func', None)
     if not torch.is_tensor(yb) or not yb.numel() or yb.is_floating_point(): return n
-    counted, weight = yb[yb != option(f, 'ignore_index', -100)], option(f, 'weight')
-    return len(counted) if weight is None else weight[counted].sum()
+    counts, weight = yb != option(f, 'ignore_index', -100), option(f, 'weight')
+    return (counts if weight is None else counts*weight[torch.where(counts, yb, 0)]).sum()
 
 def one_number(v, name, device=None):
     "What a loss or metric gave for a batch as a float32 tensor without dimensions."
